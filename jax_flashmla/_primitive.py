@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jax_flashmla import _dispatch
 
@@ -77,22 +79,17 @@ class Operation:
     follows: Mapping[str, str] = dataclasses.field(default_factory=dict)
     keep_whole: tuple[str, ...] = ()
     drop_when_split: tuple[str, ...] = ()
+    # Twice the same, but for the one that may meet the partitioner, and needs devices to lower.
     primitive: Primitive = dataclasses.field(init=False, repr=False)
+    manual_primitive: Primitive = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         missing = [n for n in (*self.operands, *self.results) if n not in self.dims]
         if missing:
             raise ValueError(f"{self.name}: dims lacks {missing}")
-        primitive = Primitive(self.name)
-        primitive.multiple_results = True
-        object.__setattr__(self, "primitive", primitive)
-        primitive.def_impl(functools.partial(_evaluate, self))
-        primitive.def_abstract_eval(functools.partial(_abstract_eval, self))
-        batching.primitive_batchers[primitive] = functools.partial(_batch, self)
-        ad.primitive_jvps[primitive] = functools.partial(_no_derivative, self)
-        ad.primitive_transposes[primitive] = functools.partial(_no_derivative, self)
-        mlir.register_lowering(primitive, functools.partial(_lower, self, False))
-        mlir.register_lowering(primitive, functools.partial(_lower, self, True), platform="cuda")
+        object.__setattr__(self, "primitive", _make_primitive(self))
+        object.__setattr__(self, "manual_primitive", _make_primitive(self))
+        prim_requires_devices_during_lowering.add(self.primitive)
 
     def __call__(
         self, operands: Mapping[str, Any], *, implementation: str | None, **static: Hashable
@@ -109,9 +106,7 @@ class Operation:
         _dispatch.record(self.name, implementation, reason)
         if implementation == "cuda" and reason is not None:
             raise NotImplementedError(f"{self.name}: implementation='cuda' declines: {reason}")
-        return tuple(
-            self.primitive.bind(*arrays, names=names, static=items, implementation=implementation)
-        )
+        return _bind(self, dict(zip(names, arrays, strict=True)), items, implementation)
 
     def declines(self, present: Operands, static: Static) -> str | None:
         """Why there is no CUDA kernel for these shapes and static parameters, or None."""
@@ -131,7 +126,9 @@ class Operation:
             words = tuple(alternative.split())
             if len(words) == ndim:
                 return words
-        raise ValueError(f"{self.name}: '{name}' of rank {ndim} fits no dims in {self.dims[name]!r}")
+        raise ValueError(
+            f"{self.name}: '{name}' of rank {ndim} fits no dims in {self.dims[name]!r}"
+        )
 
     def result_shapes(self, present: Operands, static: Static) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Shapes and dtypes of the results."""
@@ -156,15 +153,38 @@ def _vary_alike(arrays: list[Array]) -> list[Array]:
     ]
 
 
+def _make_primitive(op: Operation) -> Primitive:
+    primitive = Primitive(op.name)
+    primitive.multiple_results = True
+    primitive.def_impl(functools.partial(_evaluate, op))
+    primitive.def_abstract_eval(functools.partial(_abstract_eval, op))
+    batching.primitive_batchers[primitive] = functools.partial(_batch, op)
+    ad.primitive_jvps[primitive] = functools.partial(_no_derivative, op)
+    ad.primitive_transposes[primitive] = functools.partial(_no_derivative, op)
+    mlir.register_lowering(primitive, functools.partial(_lower, op, False))
+    mlir.register_lowering(primitive, functools.partial(_lower, op, True), platform="cuda")
+    return primitive
+
+
+def _bind(op, present: Operands, static: Static, implementation: str | None) -> tuple[Array, ...]:
+    """Binds an operation to operands given by name, in the order of ``op.operands``."""
+    types = jax.sharding.get_abstract_mesh().axis_types
+    manual = bool(types) and all(t == AxisType.Manual for t in types)
+    primitive = op.manual_primitive if manual else op.primitive
+    return tuple(
+        primitive.bind(
+            *present.values(), names=tuple(present), static=static, implementation=implementation
+        )
+    )
+
+
 # ------------------------------------------------------------------ evaluation and shapes
 
 
 @functools.lru_cache(maxsize=4096)
 def _jitted(op: Operation, names: tuple[str, ...], static: Static, implementation: str | None):
     def call(*arrays):
-        return op.primitive.bind(
-            *arrays, names=names, static=static, implementation=implementation
-        )
+        return _bind(op, dict(zip(names, arrays, strict=True)), static, implementation)
 
     call.__name__ = call.__qualname__ = op.name
     return jax.jit(call)
@@ -176,8 +196,26 @@ def _evaluate(op, *arrays, names, static, implementation):
 
 def _abstract_eval(op, *avals, names, static, implementation):
     del implementation
-    shapes = op.result_shapes({n: shape_of(a) for n, a in zip(names, avals, strict=True)}, static)
-    return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
+    present = dict(zip(names, avals, strict=True))
+    shapes = op.result_shapes({n: shape_of(a) for n, a in present.items()}, static)
+    in_mesh = [a for a in avals if not a.sharding.mesh.empty]
+    mesh = in_mesh[0].sharding.mesh if in_mesh else jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
+    # Specs of types name explicit mesh axes only: with automatic axes the partitioner decides.
+    specs = {n: _axes_of(a.sharding.spec, a.ndim) for n, a in present.items()}
+    division = _divide(op, present, specs, dict(mesh.shape), explicit=True)
+    results = []
+    for name, shape in zip(op.results, shapes, strict=True):
+        sharding = NamedSharding(mesh, _spec(division.axes_of(name, shape.shape)))
+        if in_mesh:  # keeps what the type says of manual axes; _vary_alike made it the same for all
+            aval = in_mesh[0].update(
+                shape=shape.shape, dtype=shape.dtype, weak_type=False, sharding=sharding
+            )
+        else:
+            aval = jax.core.ShapedArray(shape.shape, shape.dtype, sharding=sharding)
+        results.append(aval)
+    return results
 
 
 def _no_derivative(op, *args, **params):
@@ -191,9 +229,7 @@ def _no_derivative(op, *args, **params):
 
 
 def _batch(op, arrays, axes, *, names, static, implementation):
-    size = next(
-        a.shape[axis] for a, axis in zip(arrays, axes, strict=True) if axis is not None
-    )
+    size = next(a.shape[axis] for a, axis in zip(arrays, axes, strict=True) if axis is not None)
     batched = {n: axis is not None for n, axis in zip(names, axes, strict=True)}
     moved = {
         n: a if axis is None else jnp.moveaxis(a, axis, 0)
@@ -206,22 +242,13 @@ def _batch(op, arrays, axes, *, names, static, implementation):
         if folded is not None:
             operands, parameters, unfold = folded
             present = {n: a for n, a in op.complete(operands).items() if a is not None}
-            results = op.primitive.bind(
-                *present.values(),
-                names=tuple(present),
-                static=tuple(sorted(parameters.items())),
-                implementation=implementation,
-            )
-            return tuple(unfold(tuple(results))), (0,) * len(op.results)
+            results = _bind(op, present, tuple(sorted(parameters.items())), implementation)
+            return tuple(unfold(results)), (0,) * len(op.results)
 
     # Operands without the axis are closed over: the loop reads them in place.
     def one(entries):
         merged = {n: entries.get(n, moved[n]) for n in names}
-        return tuple(
-            op.primitive.bind(
-                *merged.values(), names=names, static=static, implementation=implementation
-            )
-        )
+        return _bind(op, merged, static, implementation)
 
     results = jax.lax.map(one, {n: a for n, a in moved.items() if batched[n]})
     return results, (0,) * len(op.results)
@@ -244,9 +271,7 @@ def _choose(op, for_cuda, present, static, implementation):
     reason = op.declines(present, static)
     missing = None if reason is not None else _dispatch.kernels_missing()
     if implementation == "cuda" and (reason or missing):
-        raise NotImplementedError(
-            f"{op.name}: implementation='cuda' declines: {reason or missing}"
-        )
+        raise NotImplementedError(f"{op.name}: implementation='cuda' declines: {reason or missing}")
     if missing is not None:
         _dispatch.warn_fallback(missing)
     return op.reference if reason or missing else op.cuda
@@ -267,8 +292,252 @@ def _compute(op, for_cuda, names, static, implementation, *arrays):
 
 def _lower(op, for_cuda, ctx, *values, names, static, implementation):
     function = functools.partial(_compute, op, for_cuda, names, static, implementation)
+    if values and _is_partitioned(op, ctx):
+        function = _partitioned(op, for_cuda, names, static, implementation, ctx.avals_in)
     plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
     with jax.sharding.use_abstract_mesh(_NO_MESH):
-        return mlir.lower_fun(function, multiple_results=True)(
-            ctx.replace(avals_in=plain), *values
+        return mlir.lower_fun(function, multiple_results=True)(ctx.replace(avals_in=plain), *values)
+
+
+# ------------------------------------------------------------------ several devices
+
+
+def _is_partitioned(op, ctx) -> bool:
+    """Whether XLA's partitioner will see the operation: several devices, not all axes manual."""
+    context = ctx.module_context.axis_context
+    if isinstance(context, mlir.SPMDAxisContext):  # inside shard_map
+        automatic = [a for a in context.mesh.axis_names if a not in context.manual_axes]
+        if math.prod(context.mesh.shape[a] for a in automatic) == 1:
+            return False
+        raise NotImplementedError(
+            f"{op.name}: inside shard_map all mesh axes must be manual, but {tuple(automatic)} are "
+            "not; leave out shard_map's axis_names, and name these axes in its in_specs and "
+            "out_specs"
         )
+    if context.num_devices == 1:
+        return False
+    if ctx.module_context.lowering_parameters.for_export or context.device_assignment is None:
+        raise NotImplementedError(
+            f"{op.name}: cannot be partitioned over {context.num_devices} devices in an exported "
+            "program, or one lowered without devices; wrap the call in jax.shard_map, which says "
+            "how it is split"
+        )
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Division:
+    """How one call is divided over devices: mesh axes for each dimension that is split."""
+
+    op: Operation
+    axes: Mapping[str, Axes]  # dimension name -> mesh axes, for all names that are split
+
+    @property
+    def is_split(self) -> bool:
+        return any(self.axes.values())
+
+    def axes_of(self, name: str, shape: tuple[int, ...]) -> tuple[Axes, ...]:
+        """Mesh axes for each dimension of an operand or result."""
+        letters = self.op.letters(name, len(shape))
+        return tuple(
+            () if letter in self.op.follows and size == 1 else self.axes.get(letter, ())
+            for letter, size in zip(letters, shape, strict=True)
+        )
+
+
+def _axes_of(spec, ndim: int) -> tuple[Axes, ...]:
+    """Mesh axes for each of ``ndim`` dimensions, from a PartitionSpec."""
+    entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in tuple(spec)]
+    return tuple(entries) + ((),) * (ndim - len(entries))
+
+
+def _spec(axes: tuple[Axes, ...]) -> PartitionSpec:
+    return PartitionSpec(*(a if len(a) > 1 else a[0] if a else None for a in axes))
+
+
+def _divide(op, present, specs, mesh_shape, *, explicit, results=()) -> _Division:
+    """Decides how a call is divided, from how its operands lie on the devices.
+
+    Args:
+        op: the Operation.
+        present: shaped operands by name.
+        specs: mesh axes for each dimension of each operand.
+        mesh_shape: size of each mesh axis.
+        explicit: whether the specs are part of the program's types, so that operands that disagree
+            are an error instead of being moved.
+        results: mesh axes for each dimension of each result if something asks for them, as
+            ``(name, shape, axes)``; they count after the operands.
+
+    Raises:
+        ValueError: an operand that must stay whole would be gathered, with advice.
+    """
+    sizes: dict[str, int] = {}
+    wishes: dict[str, list[tuple[str, Axes]]] = {}  # split dimension -> (operand, mesh axes)
+
+    def collect(name, shape, axes):
+        for letter, size, wish in zip(op.letters(name, len(shape)), shape, axes, strict=True):
+            sizes.setdefault(letter, size)
+            leader = op.follows.get(letter, letter)
+            if wish and leader in op.split:
+                wishes.setdefault(leader, []).append((name, wish))
+
+    # What must not move comes first, then the largest operands.
+    kept = [n for n in present if n not in op.drop_when_split]
+    kept.sort(key=lambda n: (n not in op.keep_whole, -math.prod(present[n].shape)))
+    for name in kept:
+        collect(name, present[name].shape, specs[name])
+    from_operands = {letter: list(found) for letter, found in wishes.items()}
+    for name, shape, axes in results:
+        collect(name, shape, axes)
+
+    chosen: dict[str, Axes] = {}
+    taken: set[Any] = set()
+    for letter in op.split:
+        if explicit and len({axes for _, axes in from_operands.get(letter, ())}) > 1:
+            wanted = ", ".join(f"'{n}' over {axes}" for n, axes in from_operands[letter])
+            raise ValueError(
+                f"{op.name}: operands are sharded differently along dimension '{letter}': {wanted}; "
+                "reshard them alike with jax.sharding.reshard"
+            )
+        for _, axes in wishes.get(letter, ()):
+            devices = math.prod(mesh_shape[a] for a in axes)
+            if devices > 1 and sizes[letter] % devices == 0 and not taken.intersection(axes):
+                chosen[letter] = axes
+                taken.update(axes)
+                break
+    for follower, leader in op.follows.items():
+        if leader not in chosen or sizes.get(follower, 1) == 1:
+            continue
+        devices = math.prod(mesh_shape[a] for a in chosen[leader])
+        if sizes[follower] % devices:
+            raise ValueError(
+                f"{op.name}: dimension '{leader}' of size {sizes[leader]} is sharded over {devices} "
+                f"devices, which do not divide dimension '{follower}' of size {sizes[follower]}; "
+                f"shard it over mesh axes whose sizes divide {sizes[follower]}, or use "
+                "jax.shard_map"
+            )
+        chosen[follower] = chosen[leader]
+
+    division = _Division(op, chosen)
+    for name in kept:
+        if name not in op.keep_whole:
+            continue
+        shape = tuple(present[name].shape)
+        allowed = division.axes_of(name, shape)
+        for letter, size, have, may in zip(
+            op.letters(name, len(shape)), shape, specs[name], allowed, strict=True
+        ):
+            if have not in ((), may) and math.prod(mesh_shape[a] for a in have) > 1:
+                raise ValueError(
+                    f"{op.name}: '{name}' of shape {shape} is sharded over mesh axes {have} along "
+                    f"dimension '{letter}' of size {size}, and would be gathered whole on every "
+                    f"device. Keep it replicated over {have} and shard the other operands along "
+                    f"{' or '.join(op.split)}; or wrap the call in jax.shard_map so that each "
+                    "device attends to the part that it holds, and merge the results through "
+                    "their lse"
+                )
+    return division
+
+
+def _sharding_rule(op, present, result_shapes) -> tuple[str, dict[str, int]]:
+    """The propagation rule for Shardy: only dimensions that may be split are tied together.
+
+    All others get a factor of their own, so that their sharding neither spreads nor is undone
+    before the partitioner asks: an operand that must stay whole is then seen as it lies.
+    """
+    sizes: dict[str, int] = {}
+    for name, value in present.items():
+        sizes.update(zip(op.letters(name, len(value.shape)), value.shape, strict=True))
+    groups = {
+        leader: follower for follower, leader in op.follows.items() if sizes.get(follower, 1) > 1
+    }
+    factor_sizes: dict[str, int] = {}
+    fresh = itertools.count()
+
+    def factor(letter: str, size: int) -> str:
+        leader = op.follows.get(letter, letter)
+        if leader not in op.split or (letter != leader and size == 1):
+            return f"own{next(fresh)}"
+        follower = groups.get(letter)
+        if follower is not None and sizes[follower] < size:
+            # Consecutive entries share one entry of the follower.
+            factor_sizes[f"group_{letter}"] = size // sizes[follower]
+            return f"(split_{letter} group_{letter})"
+        return f"split_{leader}"
+
+    def factors(name: str, shape: tuple[int, ...]) -> str:
+        if name in op.drop_when_split:
+            return " ".join(f"own{next(fresh)}" for _ in shape)
+        return " ".join(map(factor, op.letters(name, len(shape)), shape))
+
+    left = ", ".join(factors(n, v.shape) for n, v in present.items())
+    right = ", ".join(factors(n, s.shape) for n, s in zip(op.results, result_shapes, strict=True))
+    return f"{left} -> {right}", factor_sizes
+
+
+def _partitioned(op, for_cuda, names, static, implementation, avals):
+    """The call as a function that XLA's partitioner divides along ``op.split``."""
+
+    @custom_partitioning
+    def whole(*arrays):
+        return _compute(op, for_cuda, names, static, implementation, *arrays)
+
+    def divide(mesh, arguments, results):
+        shardings = [a.sharding for a in (*arguments, *results)]
+        if not all(s is None or isinstance(s, NamedSharding) for s in shardings):
+            raise ValueError(
+                f"{op.name}: operands lie on several devices without a mesh; give them a "
+                "jax.sharding.NamedSharding, or wrap the call in jax.shard_map"
+            )
+        axes = [
+            _axes_of(() if s is None else s.spec, len(a.shape))
+            for a, s in zip((*arguments, *results), shardings, strict=True)
+        ]
+        asked = [
+            (n, tuple(r.shape), x)
+            for n, r, x in zip(op.results, results, axes[len(arguments) :], strict=False)
+        ]
+        division = _divide(
+            op,
+            dict(zip(names, arguments, strict=True)),
+            dict(zip(names, axes[: len(arguments)], strict=True)),
+            dict(mesh.shape),
+            explicit=False,
+            results=asked,
+        )
+        own = dict(zip(names, axes[: len(arguments)], strict=True))
+        return division, own
+
+    def partition(mesh, arguments, results):
+        division, own = divide(mesh, arguments, results)
+        dropped = op.drop_when_split if division.is_split else ()
+
+        def local(*arrays):
+            kept = {n: a for n, a in zip(names, arrays, strict=True) if n not in dropped}
+            with jax.sharding.use_abstract_mesh(_NO_MESH):
+                return _compute(op, for_cuda, tuple(kept), static, implementation, *kept.values())
+
+        def sharding(name, value):
+            axes = own[name] if name in dropped else division.axes_of(name, tuple(value.shape))
+            return NamedSharding(mesh, _spec(axes))
+
+        return (
+            mesh,
+            local,
+            tuple(sharding(n, r) for n, r in zip(op.results, results, strict=True)),
+            tuple(sharding(n, a) for n, a in zip(names, arguments, strict=True)),
+        )
+
+    def infer(mesh, arguments, results):  # used by the partitioner before Shardy
+        division, _ = divide(mesh, arguments, ())
+        return tuple(
+            NamedSharding(mesh, _spec(division.axes_of(n, tuple(r.shape))))
+            for n, r in zip(op.results, results, strict=True)
+        )
+
+    present = {n: shape_of(a) for n, a in zip(names, avals, strict=True)}
+    rule, factor_sizes = _sharding_rule(op, present, op.result_shapes(present, static))
+    whole.def_partition(
+        partition, infer_sharding_from_operands=infer, sharding_rule=rule, **factor_sizes
+    )
+    return whole

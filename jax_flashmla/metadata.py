@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_flashmla import _checks, _dispatch
+from jax_flashmla import _checks, _cuda, _dispatch
+from jax_flashmla._planning import default_num_sm_parts, dense_row_tiles, sparse_row_tiles
 from jax_flashmla._primitive import Operation
 from jax_flashmla.reference import scheduler
 
@@ -16,34 +17,7 @@ try:  # until the CUDA calls are there
 except ImportError:
     _cuda = None
 
-DEFAULT_SM_COUNT = 132  # H100 SXM and H200
-ROWS = 64  # query rows in one tile of the kernels
-
 _NAME = "get_mla_metadata"
-
-
-def dense_row_tiles(num_heads_k: int, num_q_tokens_per_head_k: int) -> int:
-    """Tiles of query rows in dense decoding: rows are query tokens times heads of one KV head."""
-    return num_heads_k * -(-num_q_tokens_per_head_k // ROWS)
-
-
-def sparse_row_tiles(num_heads_k: int, num_heads_q: int, s_q: int) -> int:
-    """Tiles of query rows in sparse decoding: query tokens select differently and share no tile."""
-    return num_heads_k * s_q * -(-(num_heads_q // num_heads_k) // ROWS)
-
-
-def default_num_sm_parts(row_tiles: int, sm_count: int | None = None) -> int:
-    """Rows of a schedule: one part for each SM and row tile that fit on the GPU at once.
-
-    Args:
-        row_tiles: from :func:`dense_row_tiles` or :func:`sparse_row_tiles`.
-        sm_count: multiprocessors; by default those of this process' first CUDA device, else 132.
-            A schedule made for another GPU is right, only less balanced.
-    """
-    if sm_count is None:
-        devices = _dispatch.cuda_devices()
-        sm_count = getattr(devices[0], "core_count", None) if devices else None
-    return max((sm_count or DEFAULT_SM_COUNT) // max(row_tiles, 1), 1)
 
 
 def _abstract(operands: dict[str, Any], *, batch_size: int, num_sm_parts: int, **_: Any):
@@ -61,8 +35,7 @@ metadata_operation = Operation(
     results=("tile_scheduler_metadata", "num_splits"),
     abstract=_abstract,
     reference=scheduler.metadata,
-    cuda=getattr(_cuda, "metadata", None),
-    cuda_declines=getattr(_cuda, "metadata_declines", None),
+    cuda=_cuda.metadata,
     dims={
         "cache_seqlens": "b",
         "topk_length": "b",
@@ -206,7 +179,9 @@ def get_mla_metadata(
         elif extra_topk_length is not None:
             raise _missing("extra_topk", "an integer, since 'extra_topk_length' is given")
         if batch_size is None:
-            raise _missing("batch_size", "an integer, or 'cache_seqlens' or 'topk_length' int32 (b,)")
+            raise _missing(
+                "batch_size", "an integer, or 'cache_seqlens' or 'topk_length' int32 (b,)"
+            )
         arrays["cache_seqlens"] = None  # its values play no part in sparse attention
         row_tiles = sparse_row_tiles(h_kv, h_q, s_q)
 

@@ -159,9 +159,7 @@ def metadata(
         # Boundaries at the start of a request do not cut it. The spare last entry collects them.
         cut = jnp.where(unit > 0, request, batch_size)
         pieces = 1 + jnp.zeros((batch_size + 1,), jnp.int32).at[cut].add(1)[:batch_size]
-    num_splits = jnp.concatenate(
-        [jnp.zeros((1,), jnp.int32), jnp.cumsum(pieces, dtype=jnp.int32)]
-    )
+    num_splits = jnp.concatenate([jnp.zeros((1,), jnp.int32), jnp.cumsum(pieces, dtype=jnp.int32)])
     return rows, num_splits
 
 
