@@ -1,0 +1,147 @@
+// Device side of the schedule: proof that it is one, and the walk over a part's pieces.
+#pragma once
+
+#include "common/schedule.h"
+
+namespace flashmla::schedule {
+
+struct Expected {
+  int batch;
+  int row_tiles;
+  int num_parts;
+  int32_t stamp;
+};
+
+__device__ __forceinline__ Row load_row(const int32_t* schedule, int part) {
+  const int4* rows = reinterpret_cast<const int4*>(schedule) + 2 * static_cast<int64_t>(part);
+  const int4 lo = __ldg(rows);
+  const int4 hi = __ldg(rows + 1);
+  return Row{lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+}
+
+__device__ __forceinline__ bool precedes_or_equals(int r0, int u0, int r1, int u1) {
+  return r0 < r1 || (r0 == r1 && u0 <= u1);
+}
+
+// True if row `part` is no link of an unbroken chain from (0, 0) to (batch, 0) made for this
+// call. If no row is broken, the rows are a partition of the work, whatever else they hold.
+__device__ __forceinline__ bool row_is_broken(const int32_t* schedule, int part,
+                                              const Expected& expected) {
+  const Row row = load_row(schedule, part);
+  if (row.batch != expected.batch || row.row_tiles != expected.row_tiles ||
+      row.stamp != expected.stamp || row.num_parts != expected.num_parts) {
+    return true;
+  }
+  if (row.begin_request < 0 || row.begin_unit < 0 || row.end_unit < 0 ||
+      row.end_request > expected.batch ||
+      (row.end_request == expected.batch && row.end_unit != 0) ||
+      !precedes_or_equals(row.begin_request, row.begin_unit, row.end_request, row.end_unit)) {
+    return true;
+  }
+  if (part == 0 && (row.begin_request != 0 || row.begin_unit != 0)) {
+    return true;
+  }
+  if (part + 1 == expected.num_parts) {
+    return row.end_request != expected.batch;
+  }
+  const Row next = load_row(schedule, part + 1);
+  return next.begin_request != row.end_request || next.begin_unit != row.end_unit;
+}
+
+// This thread's share of the proof over all rows; combine with __syncthreads_or.
+__device__ __forceinline__ bool any_row_broken(const int32_t* schedule, const Expected& expected,
+                                               int thread, int num_threads) {
+  bool broken = false;
+  for (int part = thread; part < expected.num_parts; part += num_threads) {
+    broken |= row_is_broken(schedule, part, expected);
+  }
+  return broken;
+}
+
+// A run of consecutive blocks of one request.
+struct Piece {
+  int request;
+  int length;       // tokens of the whole request
+  int first_block;  // first_block >= end_block: nothing to attend to
+  int end_block;
+  int slot;         // where the partial result goes; -1: the piece is the whole request
+  bool poison;      // the length does not fit the table: the result is NaN
+};
+
+// Walks over the pieces of one part. Every warp role walks on its own and sees the same pieces.
+class PieceWalk {
+ public:
+  __device__ PieceWalk(const int32_t* schedule, int part, const int32_t* cache_seqlens,
+                       int64_t capacity, bool batch_invariant, int slots_per_request)
+      : cache_seqlens_(cache_seqlens),
+        capacity_(capacity),
+        part_(part),
+        slots_per_request_(slots_per_request),
+        batch_invariant_(batch_invariant) {
+    const Row row = load_row(schedule, part);
+    request_ = row.begin_request;
+    unit_ = row.begin_unit;
+    end_request_ = row.end_request;
+    end_unit_ = row.end_unit;
+  }
+
+  __device__ __forceinline__ bool next(Piece& piece) {
+    while (request_ < end_request_ || (request_ == end_request_ && end_unit_ > 0)) {
+      const int length = __ldg(cache_seqlens_ + request_);
+      piece.request = request_;
+      piece.poison = length > capacity_;
+      // One poisoned block stands for a request whose length makes no sense.
+      piece.length = piece.poison ? 1 : max(length, 0);
+      const int blocks = blocks_of(piece.length);
+      const bool stops_here = request_ == end_request_;
+      if (!batch_invariant_) {
+        piece.first_block = unit_;
+        piece.end_block = stops_here ? min(end_unit_, blocks) : blocks;
+        // Of a part's pieces only the first can start inside a request and only the last can
+        // stop inside one, so two slots a part are enough.
+        piece.slot = (unit_ > 0 || stops_here) ? 2 * part_ + (unit_ == 0 ? 1 : 0) : -1;
+        advance_request();
+        return true;
+      }
+      const int split_blocks = invariant_split_blocks(blocks);
+      const int splits = ceil_div(blocks, split_blocks);
+      if (splits <= 1) {
+        const bool mine = unit_ == 0;
+        piece.first_block = 0;
+        piece.end_block = blocks;
+        piece.slot = -1;
+        advance_request();
+        if (mine) return true;
+        continue;
+      }
+      if (unit_ >= (stops_here ? min(end_unit_, splits) : splits)) {
+        advance_request();
+        continue;
+      }
+      piece.first_block = unit_ * split_blocks;
+      piece.end_block = min(piece.first_block + split_blocks, blocks);
+      piece.slot = request_ * slots_per_request_ + unit_;
+      ++unit_;
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  __device__ __forceinline__ void advance_request() {
+    ++request_;
+    unit_ = 0;
+  }
+
+  const int32_t* cache_seqlens_;
+  int64_t capacity_;
+  int part_;
+  int slots_per_request_;
+  int request_;
+  int unit_;
+  int end_request_;
+  int end_unit_;
+  bool batch_invariant_;
+};
+
+}  // namespace flashmla::schedule

@@ -1,0 +1,73 @@
+// The format of the tile schedule, shared by its planner, the attention kernels and the merge.
+//
+// The work of a batch is the sequence of its requests, each a run of units. A schedule cuts that
+// sequence into `num_parts` consecutive parts by *starts* only: part p runs from its begin to the
+// begin of part p + 1, and a part that runs past a request takes it to its actual end. So a
+// schedule made for other lengths is still a partition of the work, only a less balanced one.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FLASHMLA_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FLASHMLA_HOST_DEVICE inline
+#endif
+
+namespace flashmla::schedule {
+
+// Tokens of a block: what one step of an attention kernel consumes.
+constexpr int kBlockTokens = 64;
+// Cost of starting a request within a part, in blocks: load of q, prologue, epilogue.
+constexpr int kOverheadBlocks = 5;
+// A part holds at least this many blocks besides the overhead: smaller ones cost more to merge
+// than they save.
+constexpr int kMinPayloadBlocks = 4;
+// Batch-invariant splits: at most this many for one request, and at least this many blocks each.
+constexpr int kMaxInvariantSplits = 16;
+constexpr int kMinInvariantBlocks = 4;
+
+constexpr int32_t kStamp = 0x4D4C4100;  // format version in the low byte's upper bits
+constexpr int32_t kStampBatchInvariant = 1;
+constexpr int32_t kStampSparse = 2;
+
+// One row of the schedule. (request, unit) pairs are ordered lexicographically.
+struct Row {
+  int32_t begin_request;
+  int32_t begin_unit;
+  int32_t end_request;
+  int32_t end_unit;
+  int32_t batch;
+  int32_t row_tiles;
+  int32_t stamp;
+  int32_t num_parts;
+};
+static_assert(sizeof(Row) == 32);
+
+FLASHMLA_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Number of blocks of a request of `length` tokens; negative lengths count as 0. Written without
+// length + 63, which could overflow.
+FLASHMLA_HOST_DEVICE int blocks_of(int length) {
+  return length <= 0 ? 0 : (length - 1) / kBlockTokens + 1;
+}
+
+// Blocks of one batch-invariant split of a request of `blocks` blocks.
+FLASHMLA_HOST_DEVICE int invariant_split_blocks(int blocks) {
+  const int even = ceil_div(blocks, kMaxInvariantSplits);
+  return even > kMinInvariantBlocks ? even : kMinInvariantBlocks;
+}
+
+// The most splits a batch-invariant request of up to `capacity` tokens has.
+FLASHMLA_HOST_DEVICE int max_invariant_splits(int64_t capacity) {
+  const int64_t blocks = (capacity + kBlockTokens - 1) / kBlockTokens;
+  const int64_t splits = (blocks + kMinInvariantBlocks - 1) / kMinInvariantBlocks;
+  if (splits < 1) return 1;
+  return splits < kMaxInvariantSplits ? static_cast<int>(splits) : kMaxInvariantSplits;
+}
+
+FLASHMLA_HOST_DEVICE int32_t expected_stamp(bool batch_invariant, bool sparse) {
+  return kStamp | (batch_invariant ? kStampBatchInvariant : 0) | (sparse ? kStampSparse : 0);
+}
+
+}  // namespace flashmla::schedule

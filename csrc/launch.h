@@ -1,0 +1,37 @@
+// The launchers: plain C++ between the FFI handlers and the CUDA sources.
+// Each enqueues on `stream` and returns without synchronising.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace flashmla {
+
+// What went wrong: `error` is cudaSuccess or the CUDA error, `where` the expression that gave it.
+struct Status {
+  cudaError_t error = cudaSuccess;
+  const char* where = "";
+
+  bool ok() const { return error == cudaSuccess; }
+};
+
+// Attention of a few query tokens over a paged latent cache, and the merge of split requests.
+Status launch_dense_decode_sm90(const DenseDecodeParams& params, cudaStream_t stream);
+
+// Merges the pieces of split requests; nothing to do for requests in one piece.
+Status launch_combine(const DenseDecodeParams& params, cudaStream_t stream);
+
+// Plans which part of the work each row of the grid takes.
+Status launch_schedule(const ScheduleParams& params, cudaStream_t stream);
+
+}  // namespace flashmla
+
+// Returns from the enclosing function with a Status unless `expr` gives cudaSuccess.
+#define FLASHMLA_RETURN_IF_ERROR(expr)              \
+  do {                                              \
+    const cudaError_t error_ = (expr);              \
+    if (error_ != cudaSuccess) {                    \
+      return ::flashmla::Status{error_, #expr};     \
+    }                                               \
+  } while (0)

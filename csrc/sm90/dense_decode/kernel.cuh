@@ -1,0 +1,717 @@
+// Dense decode for sm_90a: attention of 64-row tiles (query tokens x heads of one KV head) over a
+// paged latent cache, with TMA, wgmma and a column-split pair of math warpgroups.
+//
+// docs/kernels/dense_decode.md draws the schedule. In short: warpgroup 0 owns output columns
+// 0..255 and computes the scores of even blocks (always in buffer 0), warpgroup 1 owns columns
+// 256..511 and the scores of odd blocks (buffer 1). Each multiplies both P tiles with its half of
+// the values, in block order, so the running maximum only ever moves forward. A P tile is stored
+// over the 64 RoPE columns of its own key block, which nothing reads once the scores are done.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common/ptx.cuh"
+#include "common/schedule.cuh"
+#include "common/wgmma.cuh"
+#include "params.h"
+#include "sm90/dense_decode/config.h"
+
+namespace flashmla::sm90::dense_decode {
+
+// ---------------------------------------------------------------------------------------------
+// Shared memory and barriers
+// ---------------------------------------------------------------------------------------------
+
+struct SharedStorage {
+  alignas(1024) uint8_t q[kSubTiles][kSubTileBytes];
+  alignas(1024) uint8_t kv[kBuffers][kSubTiles][kSubTileBytes];
+
+  // Running maximum (base-2 scaled scores) after block 2i (0) and 2i + 1 (1) of a piece.
+  float row_max[2][kRows];
+  // Row sums of each warpgroup's own blocks, double-buffered over pieces.
+  float row_sum[2][kMathGroups][kRows];
+  // The block in the buffer cannot be loaded: its page is no page of the cache.
+  int block_is_bad[kBuffers];
+
+  uint64_t q_full;
+  uint64_t q_empty;
+  uint64_t kv_full[kBuffers][kSubTiles];
+  uint64_t kv_empty[kBuffers][2];  // [.][h]: the value half of warpgroup h
+  uint64_t p_full[kBuffers];       // P of the block in the buffer, and its row_max
+};
+
+constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;  // slack to align the base
+static_assert(kSharedBytes <= 227 * 1024);
+
+constexpr int kWarpArrivals = 4;  // one lane of each warp of a warpgroup
+
+// Named barriers.
+constexpr int kBarrierMath = 1;       // both math warpgroups
+constexpr int kBarrierMathGroup = 2;  // + warpgroup index
+
+struct KernelParams {
+  DenseDecodeParams p;
+  int rows;        // s_q * h_q / h_kv: rows of one request and KV head
+  int row_tiles;   // of 64 rows
+  int group;       // h_q / h_kv: query heads of a KV head
+};
+
+// Which half of the values, hence which warpgroup, releases the RoPE sub-tile of a buffer: the one
+// that reads P from there, which is not the one that wrote it.
+__device__ __forceinline__ constexpr int reader_of_p(int buffer) { return 1 - buffer; }
+
+struct RowIndex {
+  int token;  // query token
+  int head;   // query head, over all KV heads
+};
+
+__device__ __forceinline__ RowIndex row_index(const KernelParams& kp, int kv_head, int row) {
+  const int token = row / kp.group;
+  return {token, kv_head * kp.group + row - token * kp.group};
+}
+
+__device__ __forceinline__ int64_t out_row(const KernelParams& kp, int request, RowIndex i) {
+  return (static_cast<int64_t>(request) * kp.p.seq_q + i.token) * kp.p.heads_q + i.head;
+}
+
+__device__ __forceinline__ int64_t lse_index(const KernelParams& kp, int request, RowIndex i) {
+  return (static_cast<int64_t>(request) * kp.p.heads_q + i.head) * kp.p.seq_q + i.token;
+}
+
+__device__ __forceinline__ schedule::PieceWalk piece_walk(const KernelParams& kp, int part) {
+  return {kp.p.schedule,
+          part,
+          kp.p.cache_seqlens,
+          static_cast<int64_t>(kp.p.table_width) * kp.p.page_size,
+          kp.p.batch_invariant,
+          kp.p.slots_per_request};
+}
+
+// ---------------------------------------------------------------------------------------------
+// Loading warps
+// ---------------------------------------------------------------------------------------------
+
+// Keys: one warp looks up pages (a lane a box) and one lane feeds the copy engine.
+__device__ __forceinline__ void load_keys(const KernelParams& kp, const CUtensorMap* map,
+                                          SharedStorage& smem, int part, int kv_head, int lane) {
+  const int page_size = kp.p.page_size;
+  const int box = box_tokens(page_size);
+  const int boxes = kTokens / box;
+  const uint64_t policy = ptx::evict_first_policy();
+  uint32_t empty_parity = 3;  // bit i: buffer i. A fresh barrier lets the first wait pass
+
+  schedule::PieceWalk walk = piece_walk(kp, part);
+  schedule::Piece piece;
+  while (walk.next(piece)) {
+    const int32_t* table =
+        kp.p.block_table + static_cast<int64_t>(piece.request) * kp.p.table_width;
+    for (int block = piece.first_block; block < piece.end_block; ++block) {
+      const int buffer = (block - piece.first_block) & 1;
+
+      // Entries past the length may hold anything and are not looked at.
+      const int token = block * kTokens + lane * box;
+      const bool used = lane < boxes && token < piece.length;
+      int page = 0;
+      bool bad = piece.poison;
+      if (used && !piece.poison) {
+        page = __ldg(table + token / page_size);
+        bad = page < 0 || page >= kp.p.num_pages;
+      }
+      const bool block_is_bad = __any_sync(0xffffffff, bad);
+      const int used_boxes = __popc(__ballot_sync(0xffffffff, used));
+      const uint32_t bytes = used_boxes * box * kSubTileColumns * 2;
+
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+        ptx::mbarrier_wait(&smem.kv_empty[buffer][half], empty_parity >> buffer & 1);
+        const int first = half * kSubTilesHalf;
+        const bool with_rope = half == reader_of_p(buffer);
+        const int count = kSubTilesHalf + (with_rope ? 1 : 0);
+        if (block_is_bad) {
+          if (lane == 0) {
+            smem.block_is_bad[buffer] = 1;
+#pragma unroll 1
+            for (int i = 0; i < count; ++i) {
+              ptx::mbarrier_arrive(
+                  &smem.kv_full[buffer][i < kSubTilesHalf ? first + i : kLastSubTile]);
+            }
+          }
+          continue;
+        }
+        if (lane == 0) smem.block_is_bad[buffer] = 0;
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+          const int tile = i < kSubTilesHalf ? first + i : kLastSubTile;
+          uint64_t* full = &smem.kv_full[buffer][tile];
+          if (lane == 0) ptx::mbarrier_arrive_expect_tx(full, bytes);
+#pragma unroll 1
+          for (int b = 0; b < used_boxes; ++b) {
+            const int box_page = __shfl_sync(0xffffffff, page, b);
+            if (lane == 0) {
+              ptx::tma_load_4d(smem.kv[buffer][tile] + b * box * 128, map, full, policy,
+                               tile * kSubTileColumns, kv_head,
+                               (block * kTokens + b * box) % page_size, box_page);
+            }
+          }
+        }
+      }
+      empty_parity ^= 1u << buffer;
+    }
+  }
+}
+
+// Queries: gathered row by row, since the rows of one KV head are strided over query tokens.
+template <typename T>
+__device__ __forceinline__ void load_queries(const KernelParams& kp, SharedStorage& smem,
+                                             int part, int kv_head, int row_tile, int thread) {
+  constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
+  constexpr int kLoaders = kQueryLoaderWarps * 32;
+  const uint32_t q_base = ptx::smem_address(smem.q);
+  const T* q = static_cast<const T*>(kp.p.q);
+  uint32_t empty_parity = 1;
+
+  schedule::PieceWalk walk = piece_walk(kp, part);
+  schedule::Piece piece;
+  while (walk.next(piece)) {
+    if (piece.first_block >= piece.end_block) continue;
+    ptx::mbarrier_wait(&smem.q_empty, empty_parity);
+    empty_parity ^= 1;
+#pragma unroll 4
+    for (int i = thread; i < kRows * kChunks; i += kLoaders) {
+      const int row_in_tile = i / kChunks;
+      const int chunk = i - row_in_tile * kChunks;
+      const int row = row_tile * kRows + row_in_tile;
+      const bool valid = row < kp.rows;
+      const RowIndex index = row_index(kp, kv_head, valid ? row : 0);
+      const T* source = q + out_row(kp, piece.request, index) * kDim + chunk * 8;
+      const uint32_t target = q_base + (chunk / 8) * kSubTileBytes + row_in_tile * 128 +
+                              (((chunk & 7) ^ (row_in_tile & 7)) << 4);
+      ptx::cp_async_16(target, source, valid);
+    }
+    ptx::cp_async_wait_all();
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if ((thread & 31) == 0) ptx::mbarrier_arrive(&smem.q_full);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Math warpgroups
+// ---------------------------------------------------------------------------------------------
+
+// What one thread keeps of its two rows (r and r + 8) of the accumulator layout.
+struct RowState {
+  float max[2];  // base-2 scaled, -inf while nothing was attended
+  float sum[2];  // of this thread's columns of this warpgroup's blocks
+};
+
+template <typename T, int kGroup>
+class MathGroup {
+ public:
+  __device__ MathGroup(const KernelParams& kp, SharedStorage& smem, int kv_head, int row_tile)
+      : kp_(kp), smem_(smem), kv_head_(kv_head), row_tile_(row_tile) {
+    thread_ = threadIdx.x % 128;
+    lane_ = thread_ % 32;
+    row_ = thread_ / 32 * 16 + lane_ / 4;
+  }
+
+  __device__ __forceinline__ void run(int part) {
+    constexpr float kLog2e = 1.4426950408889634f;
+    scale_log2_ = kp_.p.softmax_scale * kLog2e;
+    schedule::PieceWalk walk = piece_walk(kp_, part);
+    schedule::Piece piece;
+    while (walk.next(piece)) {
+      if (piece.first_block >= piece.end_block) {
+        store_empty(piece);
+        continue;
+      }
+      begin_piece(piece);
+      for (int block = piece.first_block; block < piece.end_block; block += 2) {
+        const bool has_odd = block + 1 < piece.end_block;
+        const bool last = block + 2 >= piece.end_block;
+        if constexpr (kGroup == 0) {
+          even_owner_step(piece, block, has_odd, last);
+        } else {
+          odd_owner_step(piece, block, has_odd, last);
+        }
+        parity_[0] ^= 1;
+        if (has_odd) parity_[1] ^= 1;
+      }
+      finish_piece(piece);
+    }
+  }
+
+ private:
+  // --- one pair of blocks ---------------------------------------------------------------------
+
+  // Warpgroup 0: scores of the even block, then P_even V and P_odd V.
+  __device__ __forceinline__ void even_owner_step(const schedule::Piece& piece, int block,
+                                                  bool has_odd, bool last) {
+    float s[32];
+    scores<0>(s, last);
+    uint32_t p[4][4];
+    softmax<0>(piece, block, s, p);
+    store_p<0>(p);
+    zero_values_past_end<0>(piece, block);
+    values_from_registers<0>(p);
+    wgmma::wait<0>();
+    release_values<0>();
+
+    if (has_odd) {
+      ptx::mbarrier_wait(&smem_.p_full[1], parity_[1]);
+      follow_max<1>();
+      zero_values_past_end<1>(piece, block + 1);
+      values_from_shared<1>();
+      wgmma::wait<0>();
+      release_values<1>();
+    }
+  }
+
+  // Warpgroup 1: scores of the odd block, then P_even V (under which the odd softmax hides) and
+  // P_odd V.
+  __device__ __forceinline__ void odd_owner_step(const schedule::Piece& piece, int block,
+                                                 bool has_odd, bool last) {
+    float s[32];
+    uint32_t p[4][4];
+    if (has_odd) {
+      scores<1>(s, last);
+    } else if (last) {
+      release_queries();
+    }
+    ptx::mbarrier_wait(&smem_.p_full[0], parity_[0]);
+    follow_max<0>();
+    zero_values_past_end<0>(piece, block);
+    wait_values<0>();
+    values_from_shared<0>();
+    if (has_odd) {
+      float factor[2];
+      softmax_statistics<1>(piece, block + 1, s, p, factor);
+      store_p<1>(p);
+      wgmma::wait<0>();
+      release_values<0>();
+      rescale_output(factor);
+      zero_values_past_end<1>(piece, block + 1);
+      values_from_registers<1>(p);
+      wgmma::wait<0>();
+      release_values<1>();
+    } else {
+      wgmma::wait<0>();
+      release_values<0>();
+    }
+  }
+
+  // --- scores ---------------------------------------------------------------------------------
+
+  // S = Q K^T of the block in kBuffer, slice by slice as its sub-tiles arrive.
+  template <int kBuffer>
+  __device__ __forceinline__ void scores(float (&s)[32], bool last) {
+    const uint64_t a = wgmma::k_major(ptx::smem_address(smem_.q));
+    const uint64_t b = wgmma::k_major(ptx::smem_address(smem_.kv[kBuffer]));
+#pragma unroll
+    for (int tile = 0; tile < kSubTiles; ++tile) {
+      ptx::mbarrier_wait(&smem_.kv_full[kBuffer][tile], parity_[kBuffer]);
+      wgmma::fence();
+#pragma unroll
+      for (int step = 0; step < kSubTileColumns / 16; ++step) {
+        const uint64_t offset = wgmma::distance(tile * kSubTileBytes + step * 32);
+        wgmma::m64n64k16_ss(T{}, s, a + offset, b + offset, tile + step > 0);
+      }
+    }
+    wgmma::commit();
+    wgmma::wait<0>();
+    wgmma::hold(s);
+    if (last) release_queries();
+  }
+
+  __device__ __forceinline__ void release_queries() {
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(&smem_.q_empty);
+  }
+
+  // --- softmax --------------------------------------------------------------------------------
+
+  template <int kBuffer>
+  __device__ __forceinline__ void softmax(const schedule::Piece& piece, int block, float (&s)[32],
+                                          uint32_t (&p)[4][4]) {
+    float factor[2];
+    softmax_statistics<kBuffer>(piece, block, s, p, factor);
+    rescale_output(factor);
+  }
+
+  // Masks and scales s, moves the running maximum on and publishes it, sums up, and rounds P.
+  // `factor` is what the output must be multiplied with.
+  template <int kBuffer>
+  __device__ __forceinline__ void softmax_statistics(const schedule::Piece& piece, int block,
+                                                     float (&s)[32], uint32_t (&p)[4][4],
+                                                     float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) s[i] *= scale_log2_;
+    if ((block + 1) * kTokens > unmasked_tokens_) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        const int token = block * kTokens + i / 4 * 8 + lane_ % 4 * 2 + i % 2;
+        if (token >= visible_tokens_[i / 2 % 2]) s[i] = -INFINITY;
+      }
+    }
+    if (smem_.block_is_bad[kBuffer] != 0) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) s[i] = NAN;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float block_max = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        block_max = fmaxf(block_max, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+      }
+      block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffff, block_max, 1));
+      block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffff, block_max, 2));
+      const float new_max = fmaxf(state_.max[h], block_max);
+      if (lane_ % 4 == 0) smem_.row_max[kBuffer][row_ + 8 * h] = new_max;
+      factor[h] = move_max(h, new_max);
+      const float offset = finite_max(new_max);
+      float sum = state_.sum[h];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[4 * j + 2 * h + e];
+          x = ptx::exp2_approx(x - offset);
+          sum += x;
+        }
+      }
+      state_.sum[h] = sum;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        p[k][r] = ptx::pack<T>(s[8 * k + 2 * r], s[8 * k + 2 * r + 1]);
+      }
+    }
+  }
+
+  // While nothing was attended the maximum is -inf, and -inf - -inf must not make a NaN.
+  __device__ __forceinline__ static float finite_max(float max) {
+    return max == -INFINITY ? 0.f : max;
+  }
+
+  // Makes `new_max` the running maximum, rescales the sum, returns the factor for the output.
+  __device__ __forceinline__ float move_max(int h, float new_max) {
+    const float factor = ptx::exp2_approx(state_.max[h] - finite_max(new_max));
+    state_.max[h] = new_max;
+    state_.sum[h] *= factor;
+    return factor;
+  }
+
+  // Takes over the maximum that the other warpgroup published with the P tile in kBuffer.
+  template <int kBuffer>
+  __device__ __forceinline__ void follow_max() {
+    float factor[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      factor[h] = move_max(h, smem_.row_max[kBuffer][row_ + 8 * h]);
+    }
+    rescale_output(factor);
+  }
+
+  // Exact to skip when all factors of a warp are 1, which is the common case once a maximum is
+  // established.
+  __device__ __forceinline__ void rescale_output(const float (&factor)[2]) {
+    if (!__any_sync(0xffffffff, factor[0] != 1.f || factor[1] != 1.f)) return;
+#pragma unroll
+    for (int i = 0; i < 128; ++i) out_[i] *= factor[i / 2 % 2];
+  }
+
+  // --- P and values ---------------------------------------------------------------------------
+
+  template <int kBuffer>
+  __device__ __forceinline__ void store_p(const uint32_t (&p)[4][4]) {
+    const uint32_t base = ptx::smem_address(smem_.kv[kBuffer][kLastSubTile]);
+    const int row = thread_ / 32 * 16 + lane_ % 16;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int chunk = 2 * k + lane_ / 16;
+      ptx::stmatrix_x4(base + row * 128 + ((chunk ^ (row & 7)) << 4), p[k][0], p[k][1], p[k][2],
+                       p[k][3]);
+    }
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(&smem_.p_full[kBuffer]);
+  }
+
+  // P is 0 past the end, but 0 x NaN is NaN: what lies there must not reach the product.
+  template <int kBuffer>
+  __device__ __forceinline__ void zero_values_past_end(const schedule::Piece& piece, int block) {
+    const int valid = piece.length - block * kTokens;
+    if (valid >= kTokens) return;
+    const uint32_t base = ptx::smem_address(smem_.kv[kBuffer][kGroup * kSubTilesHalf]);
+    const int chunks = (kTokens - valid) * 8;
+    for (int i = thread_; i < chunks * kSubTilesHalf; i += 128) {
+      const int tile = i / chunks;
+      ptx::st_shared_zero_16(base + tile * kSubTileBytes + valid * 128 + (i - tile * chunks) * 16);
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kBarrierMathGroup + kGroup, 128);
+  }
+
+  // The scores were computed by the other warpgroup; see its copies of the values too.
+  template <int kBuffer>
+  __device__ __forceinline__ void wait_values() {
+#pragma unroll
+    for (int i = 0; i < kSubTilesHalf; ++i) {
+      ptx::mbarrier_wait(&smem_.kv_full[kBuffer][kGroup * kSubTilesHalf + i], parity_[kBuffer]);
+    }
+  }
+
+  template <int kBuffer>
+  __device__ __forceinline__ uint64_t values_descriptor() const {
+    return wgmma::mn_major(ptx::smem_address(smem_.kv[kBuffer][kGroup * kSubTilesHalf]));
+  }
+
+  template <int kBuffer>
+  __device__ __forceinline__ void values_from_registers(const uint32_t (&p)[4][4]) {
+    const uint64_t v = values_descriptor<kBuffer>();
+    wgmma::fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      wgmma::m64n256k16_rs(T{}, out_, p[k], v + wgmma::distance(k * 16 * 128));
+    }
+    wgmma::commit();
+  }
+
+  template <int kBuffer>
+  __device__ __forceinline__ void values_from_shared() {
+    const uint64_t p = wgmma::k_major(ptx::smem_address(smem_.kv[kBuffer][kLastSubTile]));
+    const uint64_t v = values_descriptor<kBuffer>();
+    wgmma::fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      wgmma::m64n256k16_ss(T{}, out_, p + wgmma::distance(k * 32),
+                           v + wgmma::distance(k * 16 * 128));
+    }
+    wgmma::commit();
+  }
+
+  template <int kBuffer>
+  __device__ __forceinline__ void release_values() {
+    wgmma::hold(out_);
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(&smem_.kv_empty[kBuffer][kGroup]);
+  }
+
+  // --- piece ----------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void begin_piece(const schedule::Piece& piece) {
+#pragma unroll
+    for (int i = 0; i < 128; ++i) out_[i] = 0.f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      state_.max[h] = -INFINITY;
+      state_.sum[h] = 0.f;
+      visible_tokens_[h] = visible_tokens(piece, row_tile_ * kRows + row_ + 8 * h);
+    }
+    unmasked_tokens_ = visible_tokens(piece, row_tile_ * kRows);
+    ptx::mbarrier_wait(&smem_.q_full, q_parity_);
+    q_parity_ ^= 1;
+  }
+
+  // Tokens that a row attends to. Never decreases along the rows of a tile.
+  __device__ __forceinline__ int visible_tokens(const schedule::Piece& piece, int row) const {
+    if (!kp_.p.causal) return piece.length;
+    const int token = min(row / kp_.group, kp_.p.seq_q - 1);
+    return piece.length - (kp_.p.seq_q - 1 - token);
+  }
+
+  __device__ __forceinline__ void finish_piece(const schedule::Piece& piece) {
+    // The two warpgroups end with the same maximum; their sums are of different blocks.
+    float(&sums)[kMathGroups][kRows] = smem_.row_sum[piece_parity_];
+    piece_parity_ ^= 1;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      state_.sum[h] += __shfl_xor_sync(0xffffffff, state_.sum[h], 1);
+      state_.sum[h] += __shfl_xor_sync(0xffffffff, state_.sum[h], 2);
+      if (lane_ % 4 == 0) sums[kGroup][row_ + 8 * h] = state_.sum[h];
+    }
+    ptx::named_barrier_sync(kBarrierMath, kMathThreads);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      // Both warpgroups add in the same order, so both get the same bits.
+      const float sum = sums[0][row_ + 8 * h] + sums[1][row_ + 8 * h];
+      const int row = row_tile_ * kRows + row_ + 8 * h;
+      if (row >= kp_.rows) continue;
+      if (piece.slot >= 0) {
+        store_partial(piece, row, h, sum);
+      } else {
+        store_final(piece, row, h, sum);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_final(const schedule::Piece& piece, int row, int h,
+                                              float sum) {
+    constexpr float kLn2 = 0.6931471805599453f;
+    const RowIndex index = row_index(kp_, kv_head_, row);
+    // Every term is at least exp2(0) for the maximum, so only an empty row has sum 0.
+    const bool empty = sum == 0.f;
+    const float lse = empty ? INFINITY : (state_.max[h] + log2f(sum)) * kLn2;
+    float factor = empty ? 0.f : 1.f / sum;
+    if (kp_.p.attn_sink != nullptr && !empty) {
+      const int64_t base =
+          kp_.p.sink_per_request ? static_cast<int64_t>(piece.request) * kp_.p.heads_q : 0;
+      factor /= 1.f + expf(__ldg(kp_.p.attn_sink + base + index.head) - lse);
+    }
+    T* out = static_cast<T*>(kp_.p.out) + out_row(kp_, piece.request, index) * kDimV +
+             kGroup * (kDimV / 2);
+#pragma unroll
+    for (int j = 0; j < 32; ++j) {
+      const uint32_t pair =
+          ptx::pack<T>(out_[4 * j + 2 * h] * factor, out_[4 * j + 2 * h + 1] * factor);
+      *reinterpret_cast<uint32_t*>(out + 8 * j + lane_ % 4 * 2) = pair;
+    }
+    if (kGroup == 0 && lane_ % 4 == 0) kp_.p.lse[lse_index(kp_, piece.request, index)] = lse;
+  }
+
+  __device__ __forceinline__ int64_t partial_row(const schedule::Piece& piece, int row) const {
+    return (static_cast<int64_t>(piece.slot) * kp_.p.heads_kv + kv_head_) * kp_.rows + row;
+  }
+
+  __device__ __forceinline__ void store_partial(const schedule::Piece& piece, int row, int h,
+                                                float sum) {
+    const int64_t slot_row = partial_row(piece, row);
+    const bool empty = sum == 0.f;
+    const float factor = empty ? 0.f : 1.f / sum;
+    float* out = kp_.p.partial_out + slot_row * kDimV + kGroup * (kDimV / 2);
+#pragma unroll
+    for (int j = 0; j < 32; ++j) {
+      const float2 pair = {out_[4 * j + 2 * h] * factor, out_[4 * j + 2 * h + 1] * factor};
+      *reinterpret_cast<float2*>(out + 8 * j + lane_ % 4 * 2) = pair;
+    }
+    if (kGroup == 0 && lane_ % 4 == 0) {
+      kp_.p.partial_lse[slot_row] = empty ? -INFINITY : state_.max[h] + log2f(sum);
+    }
+  }
+
+  // A piece without blocks: zeros and +inf for a whole request, weight 0 for a part of one.
+  __device__ __forceinline__ void store_empty(const schedule::Piece& piece) {
+    for (int i = thread_; i < kRows; i += 128) {
+      const int row = row_tile_ * kRows + i;
+      if (kGroup != 0 || row >= kp_.rows) continue;
+      if (piece.slot >= 0) {
+        kp_.p.partial_lse[partial_row(piece, row)] = -INFINITY;
+      } else {
+        kp_.p.lse[lse_index(kp_, piece.request, row_index(kp_, kv_head_, row))] = INFINITY;
+      }
+    }
+    if (piece.slot >= 0) return;
+    constexpr int kChunks = kDimV / 2 / 8;
+    for (int i = thread_; i < kRows * kChunks; i += 128) {
+      const int row = row_tile_ * kRows + i / kChunks;
+      if (row >= kp_.rows) break;
+      T* out = static_cast<T*>(kp_.p.out) +
+               out_row(kp_, piece.request, row_index(kp_, kv_head_, row)) * kDimV +
+               kGroup * (kDimV / 2) + i % kChunks * 8;
+      *reinterpret_cast<uint4*>(out) = uint4{0, 0, 0, 0};
+    }
+  }
+
+  const KernelParams& kp_;
+  SharedStorage& smem_;
+  int kv_head_;
+  int row_tile_;
+  int thread_;  // in the warpgroup
+  int lane_;
+  int row_;     // of the tile: this thread's first row
+
+  float out_[128];
+  RowState state_;
+  float scale_log2_;
+  int visible_tokens_[2];
+  int unmasked_tokens_;  // no row of the tile is masked before this token
+  uint32_t parity_[kBuffers] = {0, 0};
+  uint32_t q_parity_ = 0;
+  int piece_parity_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Kernel
+// ---------------------------------------------------------------------------------------------
+
+// NaN to all results of this row tile and KV head: the schedule is not one for this call.
+template <typename T>
+__device__ __noinline__ void fill_nan(const KernelParams& kp, int kv_head, int row_tile, int part) {
+  const int first_row = row_tile * kRows;
+  const int count = min(kRows, kp.rows - first_row);
+  const uint32_t nan_pair = ptx::pack<T>(NAN, NAN);
+  for (int request = part; request < kp.p.batch; request += kp.p.num_parts) {
+    for (int i = threadIdx.x; i < count * (kDimV / 2); i += blockDim.x) {
+      const RowIndex index = row_index(kp, kv_head, first_row + i / (kDimV / 2));
+      reinterpret_cast<uint32_t*>(kp.p.out)[out_row(kp, request, index) * (kDimV / 2) +
+                                            i % (kDimV / 2)] = nan_pair;
+    }
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      kp.p.lse[lse_index(kp, request, row_index(kp, kv_head, first_row + i))] = NAN;
+    }
+  }
+}
+
+// Grid: num_parts x h_kv x row_tiles, flattened on x with the row tile fastest, so that tiles
+// that read the same keys run side by side.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    dense_decode_kernel(const __grid_constant__ KernelParams kp,
+                        const __grid_constant__ CUtensorMap k_map) {
+  extern __shared__ uint8_t shared_bytes[];
+  SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
+      (reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
+
+  const int row_tile = blockIdx.x % kp.row_tiles;
+  const int kv_head = blockIdx.x / kp.row_tiles % kp.p.heads_kv;
+  const int part = blockIdx.x / kp.row_tiles / kp.p.heads_kv;
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(&k_map);
+    ptx::mbarrier_init(&smem.q_full, kQueryLoaderWarps);
+    ptx::mbarrier_init(&smem.q_empty, kMathGroups * kWarpArrivals);
+    for (int buffer = 0; buffer < kBuffers; ++buffer) {
+      for (int tile = 0; tile < kSubTiles; ++tile) {
+        ptx::mbarrier_init(&smem.kv_full[buffer][tile], 1);
+      }
+      for (int half = 0; half < 2; ++half) {
+        ptx::mbarrier_init(&smem.kv_empty[buffer][half], kWarpArrivals);
+      }
+      ptx::mbarrier_init(&smem.p_full[buffer], kWarpArrivals);
+    }
+    ptx::fence_barrier_init();
+  }
+  const schedule::Expected expected{
+      kp.p.batch, kp.row_tiles * kp.p.heads_kv, kp.p.num_parts,
+      schedule::expected_stamp(kp.p.batch_invariant, /*sparse=*/false)};
+  const bool broken =
+      schedule::any_row_broken(kp.p.schedule, expected, threadIdx.x, kThreads);
+  if (__syncthreads_or(broken)) {
+    fill_nan<T>(kp, kv_head, row_tile, part);
+    return;
+  }
+
+  if (warpgroup == kMathGroups) {
+    ptx::setmaxnreg_dec<kLoadRegisters>();
+    const int thread = threadIdx.x % 128;
+    if (thread < 32) {
+      load_keys(kp, &k_map, smem, part, kv_head, thread);
+    } else {
+      load_queries<T>(kp, smem, part, kv_head, row_tile, thread - 32);
+    }
+  } else if (warpgroup == 0) {
+    ptx::setmaxnreg_inc<kMathRegisters>();
+    MathGroup<T, 0>(kp, smem, kv_head, row_tile).run(part);
+  } else {
+    ptx::setmaxnreg_inc<kMathRegisters>();
+    MathGroup<T, 1>(kp, smem, kv_head, row_tile).run(part);
+  }
+}
+
+}  // namespace flashmla::sm90::dense_decode
