@@ -151,11 +151,7 @@ def _from_bits(bits: Array) -> Array:
 
 def _round_shift(value: Array, shift: Array | int) -> Array:
     """``value / 2**shift`` to the nearest integer, ties to even (value >= 0, shift >= 1)."""
-    half_minus_one = (
-        (1 << (shift - 1)) - 1
-        if isinstance(shift, int)
-        else (lax.shift_left(jnp.int32(1), shift - 1) - 1)
-    )
+    half_minus_one = (jnp.int32(1) << (shift - 1)) - 1
     odd = (value >> shift) & 1
     return (value + half_minus_one + odd) >> shift
 
@@ -240,6 +236,12 @@ def _split(magnitude: Array) -> tuple[Array, Array]:
     return (magnitude >> 23) - 127, significand
 
 
+def _approximate_quotient(x: Array, y: Array) -> Array:
+    """``x * 2**23 / y`` as int32 for positive integers below 2**25: within a few units."""
+    ratio = x.astype(jnp.float32) / y.astype(jnp.float32)
+    return (ratio * np.float32(2.0**23)).astype(jnp.int32)
+
+
 def _divide(a: Array, b: Array) -> tuple[Array, Array]:
     """``a / b`` rounded to float32 (nearest, ties to even) of the bits of two magnitudes.
 
@@ -254,12 +256,11 @@ def _divide(a: Array, b: Array) -> tuple[Array, Array]:
     exponent_b, y = _split(b)
     smaller = (x < y).astype(jnp.int32)  # then the quotient of the significands is in (1/2, 1)
     x = x << smaller
-    ratio = x.astype(jnp.float32) / y.astype(jnp.float32)
-    # floor(x * 2**23 / y), in [2**23, 2**24).
-    quotient = (ratio * np.float32(2.0**23)).astype(jnp.int32)
+    # About x * 2**23 / y, in [2**23, 2**24).
+    quotient = _approximate_quotient(x, y)
     wide = functools.partial(lax.convert_element_type, new_dtype=jnp.uint32)
     remainder = lax.bitcast_convert_type((wide(x) << 23) - wide(quotient) * wide(y), jnp.int32)
-    # Four steps each way are more than the error of any division in use (2 ulps of ratio).
+    # Four steps are more than the error of any division in use (2 ulps, and 1 for truncation).
     for _ in range(4):
         step = (remainder >= y).astype(jnp.int32) - (remainder < 0).astype(jnp.int32)
         quotient = quotient + step
@@ -505,3 +506,228 @@ def decode_pages(data: Array, *, cache_format: str, page_size: int, dtype: Any =
     values = data[..., :scale_start].reshape(*lead, page_size, V4_DATA_BYTES)
     scales = data[..., scale_start:end].reshape(*lead, page_size, V4_SCALE_BYTES)
     return _decode_v4(values, scales, dtype)[..., None, :]
+
+
+# ---------------------------------------------------------------------------------------------
+# Public: tokens and whole caches
+
+
+def _check_kv(op: str, name: str, value: Any, columns: int) -> None:
+    _checks.check_array(op, name, value, f"(..., {columns})")
+    _checks.check_dtype(op, name, value, PLAIN_DTYPES)
+    if not value.shape or value.shape[-1] != columns:
+        raise ValueError(
+            f"{op}: argument '{name}' has shape {tuple(value.shape)}; expected (..., {columns})"
+        )
+
+
+def _check_scales(op: str, cache_format: str, power_of_two_scales: Any) -> bool:
+    flag = _checks.check_bool(op, "power_of_two_scales", power_of_two_scales)
+    if not flag and cache_format == "fp8_v4":
+        raise ValueError(
+            f"{op}: argument 'power_of_two_scales' is False; expected True with cache_format "
+            "'fp8_v4', whose scales are e8m0"
+        )
+    return flag
+
+
+def quantize_kv(
+    kv_c: Array, k_pe: Array, *, cache_format: str = "fp8_v32", power_of_two_scales: bool = True
+) -> Array:
+    """Quantises tokens into the bytes that a cache stores for them.
+
+    Args:
+      kv_c: latent part [..., 512] (``"fp8_v32"``) or [..., 448] (``"fp8_v4"``), bfloat16, float16
+        or float32.
+      k_pe: RoPE part [..., 64], the same leading axes; stored as bfloat16 (nearest, ties to even).
+      cache_format: ``"fp8_v32"`` or ``"fp8_v4"``.
+      power_of_two_scales: round scales up to powers of two. False (V3.2 only) keeps float32
+        scales, which use the range of e4m3 better and cost kernels an extra multiplication.
+
+    Returns:
+      uint8 [..., 656] rows of V3.2, or uint8 [..., 584] of V4: the token's 576 data bytes
+      followed by its 8 scale bytes, which a page keeps apart. See the module's docstring for
+      layouts and rounding.
+
+    Raises:
+      ValueError: a wrong shape, dtype or format, or float32 scales asked for V4.
+    """
+    op = "quantize_kv"
+    fmt = _fp8_format(op, cache_format)
+    _check_kv(op, "kv_c", kv_c, fmt.latent)
+    _check_kv(op, "k_pe", k_pe, fmt.rope)
+    flag = _check_scales(op, cache_format, power_of_two_scales)
+    if kv_c.shape[:-1] != k_pe.shape[:-1]:
+        raise ValueError(
+            f"{op}: argument 'k_pe' has shape {tuple(k_pe.shape)}; expected "
+            f"{(*kv_c.shape[:-1], fmt.rope)} to go with kv_c {tuple(kv_c.shape)}"
+        )
+    return _encode_tokens(
+        jnp.asarray(kv_c), jnp.asarray(k_pe), cache_format=cache_format, power_of_two_scales=flag
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("cache_format", "dtype"))
+def _decode_tokens(rows: Array, *, cache_format: str, dtype: Any) -> Array:
+    if cache_format == "fp8_v32":
+        return _decode_v32(rows, dtype)
+    return _decode_v4(rows[..., :V4_DATA_BYTES], rows[..., V4_DATA_BYTES:], dtype)
+
+
+def dequantize_kv(
+    rows: Array, *, cache_format: str = "fp8_v32", dtype: Any = None
+) -> tuple[Array, Array]:
+    """Dequantises the bytes of tokens: the reverse of `quantize_kv`.
+
+    Args:
+      rows: uint8 [..., 656] (``"fp8_v32"``) or [..., 584] (``"fp8_v4"``).
+      cache_format: ``"fp8_v32"`` or ``"fp8_v4"``.
+      dtype: bfloat16 (default), float16 or float32, rounded from the float32 product.
+
+    Returns:
+      ``(kv_c, k_pe)``: [..., 512] or [..., 448], and [..., 64].
+
+    Raises:
+      ValueError: a wrong shape, dtype or format.
+    """
+    op = "dequantize_kv"
+    fmt = _fp8_format(op, cache_format)
+    _checks.check_array(op, "rows", rows, f"uint8 (..., {fmt.token_bytes})")
+    _checks.check_dtype(op, "rows", rows, (jnp.uint8,))
+    if not rows.shape or rows.shape[-1] != fmt.token_bytes:
+        raise ValueError(
+            f"{op}: argument 'rows' has shape {tuple(rows.shape)}; "
+            f"expected (..., {fmt.token_bytes})"
+        )
+    dtype = _check_result_dtype(op, dtype)
+    kv = _decode_tokens(jnp.asarray(rows), cache_format=cache_format, dtype=dtype)
+    return kv[..., : fmt.latent], kv[..., fmt.latent :]
+
+
+def pack_pages(tokens: Array, *, cache_format: str) -> Array:
+    """Token bytes [..., page_size, token_bytes] of `quantize_kv` to the bytes of whole pages.
+
+    ``"fp8_v32"``: [..., page_size, 1, 656]; ``"fp8_v4"``: [..., page_bytes], padded with zeros.
+    """
+    if cache_format == "fp8_v32":
+        return tokens[..., None, :]
+    lead, page_size = tokens.shape[:-2], tokens.shape[-2]
+    data = tokens[..., :V4_DATA_BYTES].reshape(*lead, page_size * V4_DATA_BYTES)
+    scales = tokens[..., V4_DATA_BYTES:].reshape(*lead, page_size * V4_SCALE_BYTES)
+    unused = page_bytes(page_size) - data.shape[-1] - scales.shape[-1]
+    return jnp.concatenate([data, scales, jnp.zeros((*lead, unused), jnp.uint8)], axis=-1)
+
+
+def quantize_k_cache(
+    k_cache: Array, *, cache_format: str = "fp8_v32", power_of_two_scales: bool = True
+) -> Array:
+    """Quantises a whole paged cache.
+
+    Args:
+      k_cache: [num_pages, page_size, 1, d], d = 576 (``"fp8_v32"``) or 512 (``"fp8_v4"``),
+        bfloat16, float16 or float32.
+      cache_format: ``"fp8_v32"`` or ``"fp8_v4"``.
+      power_of_two_scales: as in `quantize_kv`.
+
+    Returns:
+      uint8 [num_pages, page_size, 1, 656] or [num_pages, page_bytes(page_size)].
+
+    Raises:
+      ValueError: a wrong shape, dtype or format, or float32 scales asked for V4.
+    """
+    op = "quantize_k_cache"
+    fmt = _fp8_format(op, cache_format)
+    _checks.check_rank(op, "k_cache", k_cache, ("num_pages", "page_size", "1", str(fmt.dim)))
+    _check_kv(op, "k_cache", k_cache, fmt.dim)
+    if k_cache.shape[2] != 1 or k_cache.shape[1] < 1:
+        raise ValueError(
+            f"{op}: argument 'k_cache' has shape {tuple(k_cache.shape)}; expected "
+            f"(num_pages, page_size >= 1, 1, {fmt.dim})"
+        )
+    flag = _check_scales(op, cache_format, power_of_two_scales)
+    rows = jnp.asarray(k_cache)[:, :, 0]
+    tokens = _encode_tokens(
+        rows[..., : fmt.latent],
+        rows[..., fmt.latent :],
+        cache_format=cache_format,
+        power_of_two_scales=flag,
+    )
+    return pack_pages(tokens, cache_format=cache_format)
+
+
+def check_cache_array(
+    op: str, name: str, data: Any, cache_format: str, page_size: int | None = None
+) -> int:
+    """Checks a raw cache array (see `gather_tokens`) and returns its page size.
+
+    Raises:
+      ValueError: ``data`` is no array of that format, or not one with that page size.
+    """
+    _checks.check_choice(op, "cache_format", cache_format, CACHE_FORMATS)
+    if page_size is not None:
+        page_size = _checks.check_int(op, "page_size", page_size, 1)
+    if cache_format == "fp8_v4":
+        _checks.check_rank(op, name, data, ("num_pages", "page_bytes"))
+        _checks.check_dtype(op, name, data, (jnp.uint8,))
+        try:
+            actual = page_size_of(data.shape[1])
+        except ValueError as error:
+            reason = str(error).partition("; ")[2]
+            raise ValueError(
+                f"{op}: argument '{name}' has shape {tuple(data.shape)} with pages of "
+                f"{data.shape[1]} bytes; {reason}"
+            ) from None
+    else:
+        width = "656" if cache_format == "fp8_v32" else "d"
+        heads = "1" if cache_format == "fp8_v32" else "h_kv"
+        dims = ("num_pages", "page_size", heads, width)
+        _checks.check_rank(op, name, data, dims)
+        if cache_format == "fp8_v32":
+            _checks.check_dtype(op, name, data, (jnp.uint8, jnp.float8_e4m3fn))
+            fits = tuple(data.shape[2:]) == (1, FP8_FORMATS["fp8_v32"].token_bytes)
+        else:
+            _checks.check_dtype(op, name, data, PLAIN_DTYPES)
+            fits = min(data.shape[2:]) >= 1
+        actual = data.shape[1]
+        if not fits or actual < 1:
+            raise ValueError(
+                f"{op}: argument '{name}' has shape {tuple(data.shape)}; "
+                f"expected ({', '.join(dims)}), no dimension but num_pages empty"
+            )
+    if page_size is not None and page_size != actual:
+        raise ValueError(
+            f"{op}: argument '{name}' has shape {tuple(data.shape)}, pages of {actual} tokens; "
+            f"expected page_size {page_size}"
+        )
+    return actual
+
+
+@functools.partial(jax.jit, static_argnames=("cache_format", "page_size", "dtype"))
+def _decode_pages(data: Array, *, cache_format: str, page_size: int, dtype: Any) -> Array:
+    return decode_pages(data, cache_format=cache_format, page_size=page_size, dtype=dtype)
+
+
+def dequantize_k_cache(
+    k_cache: Array, *, cache_format: str = "fp8_v32", dtype: Any = None
+) -> Array:
+    """Dequantises a whole paged cache.
+
+    Args:
+      k_cache: uint8 or float8_e4m3fn [num_pages, page_size, 1, 656] (``"fp8_v32"``), or uint8
+        [num_pages, page_bytes] (``"fp8_v4"``; the page size follows from the bytes).
+      cache_format: ``"fp8_v32"`` or ``"fp8_v4"``.
+      dtype: bfloat16 (default), float16 or float32, rounded from the float32 product.
+
+    Returns:
+      [num_pages, page_size, 1, d], d = 576 or 512.
+
+    Raises:
+      ValueError: a wrong shape, dtype or format.
+    """
+    op = "dequantize_k_cache"
+    _fp8_format(op, cache_format)
+    page_size = check_cache_array(op, "k_cache", k_cache, cache_format)
+    dtype = _check_result_dtype(op, dtype)
+    return _decode_pages(
+        jnp.asarray(k_cache), cache_format=cache_format, page_size=page_size, dtype=dtype
+    )
