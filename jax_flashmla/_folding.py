@@ -26,11 +26,11 @@ def merge(array: jax.Array, batched: bool, size: int) -> jax.Array:
     return array.reshape(size * array.shape[1], *array.shape[2:])
 
 
-def unfold_to(size: int) -> Callable:
+def unfold_to(size: int, b: int) -> Callable:
     """Splits the leading axis of every result back: [size * b, ...] -> [size, b, ...]."""
 
     def unfold(results: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(r.reshape(size, r.shape[0] // size, *r.shape[1:]) for r in results)
+        return tuple(r.reshape(size, b, *r.shape[1:]) for r in results)
 
     return unfold
 
@@ -86,7 +86,7 @@ def fold_cache(
 
 
 def fold_sink(sink: jax.Array | None, batched: bool, size: int, b: int) -> jax.Array | None:
-    """attn_sink [h] or [b, h] (vmapped: one axis more) -> [h] if shared by all, else [size*b, h]."""
+    """attn_sink [h] or [b, h] (vmapped: an axis more) -> [h] if shared by all, or [size*b, h]."""
     if sink is None:
         return None
     if sink.ndim - batched == 2:
@@ -114,7 +114,7 @@ def fold_dense_decode(
     folded = {name: merge(operands[name], batched[name], size) for name in ("q", "cache_seqlens")}
     folded["k_cache"], folded["block_table"] = cache
     folded["attn_sink"] = fold_sink(operands["attn_sink"], batched["attn_sink"], size, b)
-    return folded, static, unfold_to(size)
+    return folded, static, unfold_to(size, b)
 
 
 def fold_sparse_decode(
@@ -138,13 +138,13 @@ def fold_sparse_decode(
         if operands[lengths] is not None:
             folded[lengths] = merge(operands[lengths], batched[lengths], size)
     folded["attn_sink"] = fold_sink(operands["attn_sink"], batched["attn_sink"], size, b)
-    return folded, static, unfold_to(size)
+    return folded, static, unfold_to(size, b)
 
 
 def fold_sparse_prefill(
     operands: Operands, batched: dict[str, bool], size: int, static: dict[str, Any]
 ) -> Folded:
-    """``Operation.fold`` of sparse prefill: query tokens are its batch, kv [s_kv, 1, d] its cache."""
+    """``Operation.fold`` of sparse prefill: query tokens are its batch, kv [s_kv, 1, d] a cache."""
     if batched["attn_sink"]:
         return None  # one sink for all query tokens of a call
     cache = fold_cache(
@@ -152,9 +152,10 @@ def fold_sparse_prefill(
     )
     if cache is None:
         return None
+    b = operands["q"].shape[batched["q"]]
     folded: Operands = {"q": merge(operands["q"], batched["q"], size)}
     folded["kv"], folded["indices"] = cache
     folded["attn_sink"] = operands["attn_sink"]
     if operands["topk_length"] is not None:
         folded["topk_length"] = merge(operands["topk_length"], batched["topk_length"], size)
-    return folded, static, unfold_to(size)
+    return folded, static, unfold_to(size, b)

@@ -56,8 +56,9 @@ class Operation:
         cuda_declines: ``(operands, **static) -> reason or None``, operands as in ``abstract``.
         fold: ``(operands, batched, size, static) -> (operands, static, unfold) or None``: turns a
             vmapped call into one call. ``batched`` says for each operand whether it carries the
-            vmapped axis, which is then axis 0 and has ``size`` entries; ``unfold`` takes the results
-            of the one call and returns them with the vmapped axis at 0. None falls back on a loop.
+            vmapped axis, which is then axis 0 and has ``size`` entries; ``unfold`` takes the
+            results of the one call and returns them with the vmapped axis at 0. None falls back on
+            a loop.
         split: dimensions along which the operation falls apart into independent operations.
         follows: ``{"k": "h"}``: dimension k (key heads) falls apart together with h (query heads),
             ``h // k`` entries of h to each entry of k; a size of 1 stays whole.
@@ -259,22 +260,19 @@ def _batch(op, arrays, axes, *, names, static, implementation):
 
 def _choose(op, for_cuda, present, static, implementation):
     """The function that computes this call: ``op.cuda`` or ``op.reference``."""
-    if implementation == "xla":
+    if implementation == "xla" or (implementation is None and not for_cuda):
         return op.reference
     if not for_cuda:
-        if implementation == "cuda":
-            raise NotImplementedError(
-                f"{op.name}: implementation='cuda' was asked for, but this computation is lowered "
-                "for a platform that is not CUDA"
-            )
-        return op.reference
-    reason = op.declines(present, static)
-    missing = None if reason is not None else _dispatch.kernels_missing()
-    if implementation == "cuda" and (reason or missing):
-        raise NotImplementedError(f"{op.name}: implementation='cuda' declines: {reason or missing}")
-    if missing is not None:
-        _dispatch.warn_fallback(missing)
-    return op.reference if reason or missing else op.cuda
+        reason = "this computation is lowered for a platform that is not CUDA"
+    elif (reason := op.declines(present, static)) is None:
+        reason = missing = _dispatch.kernels_missing()
+        if missing is None:
+            return op.cuda
+        if implementation is None:
+            _dispatch.warn_fallback(missing)
+    if implementation == "cuda":
+        raise NotImplementedError(f"{op.name}: implementation='cuda' declines: {reason}")
+    return op.reference
 
 
 def _compute(op, for_cuda, names, static, implementation, *arrays):
@@ -396,8 +394,8 @@ def _divide(op, present, specs, mesh_shape, *, explicit, results=()) -> _Divisio
         if explicit and len({axes for _, axes in from_operands.get(letter, ())}) > 1:
             wanted = ", ".join(f"'{n}' over {axes}" for n, axes in from_operands[letter])
             raise ValueError(
-                f"{op.name}: operands are sharded differently along dimension '{letter}': {wanted}; "
-                "reshard them alike with jax.sharding.reshard"
+                f"{op.name}: operands are sharded differently along dimension '{letter}': "
+                f"{wanted}; reshard them alike with jax.sharding.reshard"
             )
         for _, axes in wishes.get(letter, ()):
             devices = math.prod(mesh_shape[a] for a in axes)
@@ -411,8 +409,9 @@ def _divide(op, present, specs, mesh_shape, *, explicit, results=()) -> _Divisio
         devices = math.prod(mesh_shape[a] for a in chosen[leader])
         if sizes[follower] % devices:
             raise ValueError(
-                f"{op.name}: dimension '{leader}' of size {sizes[leader]} is sharded over {devices} "
-                f"devices, which do not divide dimension '{follower}' of size {sizes[follower]}; "
+                f"{op.name}: dimension '{leader}' of size {sizes[leader]} is sharded over "
+                f"{devices} devices, which do not divide dimension '{follower}' of size "
+                f"{sizes[follower]}; "
                 f"shard it over mesh axes whose sizes divide {sizes[follower]}, or use "
                 "jax.shard_map"
             )

@@ -12,11 +12,6 @@ from jax_flashmla._planning import default_num_sm_parts, dense_row_tiles, sparse
 from jax_flashmla._primitive import Operation
 from jax_flashmla.reference import scheduler
 
-try:  # until the CUDA calls are there
-    from jax_flashmla import _cuda
-except ImportError:
-    _cuda = None
-
 _NAME = "get_mla_metadata"
 
 
@@ -104,7 +99,7 @@ def get_mla_metadata(
         argument ``(None, None)``: each call then plans for itself.
 
     Raises:
-        ValueError: an argument is missing, inconsistent with another, or of the wrong shape or type.
+        ValueError: an argument is missing, of the wrong shape or type, or contradicts another.
         NotImplementedError: ``implementation="cuda"`` where the kernels do not run.
     """
     _checks.check_bool(_NAME, "is_fp8_kvcache", is_fp8_kvcache)
@@ -136,7 +131,8 @@ def get_mla_metadata(
         h_q = _checks.check_int(_NAME, "num_heads_q", num_heads_q, 1)
         if h_q % h_kv:
             raise ValueError(
-                f"{_NAME}: argument 'num_heads_q' is {h_q}; expected a multiple of num_heads_k={h_kv}"
+                f"{_NAME}: argument 'num_heads_q' is {h_q}; "
+                f"expected a multiple of num_heads_k={h_kv}"
             )
         if rows % (h_q // h_kv):
             raise ValueError(

@@ -175,8 +175,8 @@ def is_valid(
     """bool[]: whether a schedule was made for such a call and is in itself consistent.
 
     A schedule for another batch size, number of row tiles, kind or format is foreign; one whose
-    parts do not follow each other from (0, 0) to (batch_size, 0), or whose number of pieces does not
-    match its parts, is corrupt. The lengths that it was made for do not matter.
+    parts do not follow each other from (0, 0) to (batch_size, 0), or whose number of pieces does
+    not match its parts, is corrupt. The lengths that it was made for do not matter.
     """
     parts = tile_scheduler_metadata.shape[0]
     begin, end = tile_scheduler_metadata[:, :2], tile_scheduler_metadata[:, 2:4]
