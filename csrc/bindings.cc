@@ -11,7 +11,7 @@
 
 namespace nb = nanobind;
 
-void bind_raw(nb::module_& m);
+void bind_raw(nb::module_& m);  // csrc/raw_bindings.cc
 
 namespace {
 
@@ -64,7 +64,5 @@ NB_MODULE(_ext, m) {
   m.def("build_info", &build_info, "Versions and architectures this extension was built with.");
   m.def("driver_version", &driver_version,
         "Newest CUDA version of the installed driver (13000 for 13.0), 0 without one.");
-#ifdef JAX_FLASHMLA_RAW_BINDINGS
   bind_raw(m);
-#endif
 }

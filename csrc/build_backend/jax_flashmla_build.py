@@ -31,6 +31,7 @@ SWITCH = "JAX_FLASHMLA_CUDA"
 _CUDA_BUILD_REQUIRES = ["nanobind>=3,<4", "jaxlib==0.10.0"]
 _CUDA_COMPILER_REQUIRES = ["cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]==13.0.2"]
 _OLDEST_CUDA = (12, 8)
+_DEFAULT_CUDA_HOME = "/usr/local/cuda"
 
 ConfigSettings = dict[str, Any] | None
 
@@ -78,7 +79,7 @@ def _machine_nvcc() -> Path | None:
             if path is None:
                 raise SystemExit(f"jax_flashmla: {variable}={name} is not an executable file")
             return Path(path).absolute()
-    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _DEFAULT_CUDA_HOME]
     candidates = [shutil.which("nvcc"), *(f"{folder}/bin/nvcc" for folder in folders if folder)]
     for candidate in candidates:
         # Not resolved: nvcc finds its toolkit by the path it was called by.
@@ -171,9 +172,7 @@ def prepare_metadata_for_build_wheel(
     metadata_directory: str, config_settings: ConfigSettings = None
 ) -> str:
     """PEP 517 hook: writes the metadata."""
-    return _skbuild.prepare_metadata_for_build_wheel(
-        metadata_directory, _settings(config_settings)
-    )
+    return _skbuild.prepare_metadata_for_build_wheel(metadata_directory, _settings(config_settings))
 
 
 def prepare_metadata_for_build_editable(
