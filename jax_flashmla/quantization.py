@@ -260,11 +260,14 @@ def _divide(a: Array, b: Array) -> tuple[Array, Array]:
     quotient = _approximate_quotient(x, y)
     wide = functools.partial(lax.convert_element_type, new_dtype=jnp.uint32)
     remainder = lax.bitcast_convert_type((wide(x) << 23) - wide(quotient) * wide(y), jnp.int32)
-    # Four steps are more than the error of any division in use (2 ulps, and 1 for truncation).
-    for _ in range(4):
-        step = (remainder >= y).astype(jnp.int32) - (remainder < 0).astype(jnp.int32)
-        quotient = quotient + step
-        remainder = remainder - step * y
+    # Repairs up to four units either way: more than any division in use needs (2 for 2 ulps, and 1
+    # for the truncation to an integer). All steps at once, since a chain of them compiles slowly.
+    step = jnp.zeros_like(quotient)
+    for k in range(4):
+        above, below = remainder >= (k + 1) * y, remainder < -k * y
+        step = step + above.astype(jnp.int32) - below.astype(jnp.int32)
+    quotient = quotient + step
+    remainder = remainder - step * y
     twice = 2 * remainder
     quotient = quotient + ((twice > y) | ((twice == y) & (quotient % 2 == 1))).astype(jnp.int32)
     # Rounded up to 2**24: the next power of two.
