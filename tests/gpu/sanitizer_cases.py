@@ -1,0 +1,167 @@
+"""Named cases for compute-sanitizer: ``python tests/gpu/sanitizer_cases.py TOOL [NAME ...]``.
+
+Each case launches the kernels without XLA around them on a small problem and compares the result
+with the oracle, since a kernel that stops early is clean too. All cases of a tool share one
+process, because starting JAX under the sanitizer takes longer than a case; a case's name is
+printed before it runs. ``--list`` prints the names instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import cases  # noqa: E402
+import oracle  # noqa: E402
+from cases import DenseCase  # noqa: E402
+
+TOOLS = ("memcheck", "racecheck")
+_CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {}
+
+
+def _case(name: str, tools: tuple[str, ...] = TOOLS):
+    """Adds the decorated function to the cases of these tools."""
+
+    def add(function: Callable[[], None]) -> Callable[[], None]:
+        assert name not in _CASES
+        _CASES[name] = function, tools
+        return function
+
+    return add
+
+
+def _launcher(inputs: cases.DenseInputs, **options):
+    import jax.numpy as jnp
+    from raw_launcher import RawDenseDecode
+
+    return RawDenseDecode(
+        q=jnp.asarray(inputs.q),
+        k_cache=jnp.asarray(inputs.k_cache),
+        block_table=jnp.asarray(inputs.block_table),
+        cache_seqlens=jnp.asarray(inputs.cache_seqlens),
+        softmax_scale=inputs.case.softmax_scale,
+        causal=inputs.case.causal,
+        attn_sink=None if inputs.attn_sink is None else jnp.asarray(inputs.attn_sink),
+        **options,
+    )
+
+
+def _check_dense(inputs: cases.DenseInputs, **options) -> None:
+    out, lse = _launcher(inputs, **options).run()
+    expected_out, expected_lse = inputs.expected()
+    oracle.check("dense_decode", "out", out, expected_out)
+    oracle.check("dense_decode", "lse", lse, expected_lse)
+
+
+def _dense(name: str, case: DenseCase, tools: tuple[str, ...] = TOOLS, **options) -> None:
+    case = dataclasses.replace(case, name=name)
+    _case(name, tools)(lambda: _check_dense(cases.build(case), **options))
+
+
+MEMCHECK = ("memcheck",)
+
+# num_sm_parts is small where one part shall walk over several requests, and larger than the work
+# where parts are empty.
+_dense("one-token", DenseCase("", 1, 1, 1))
+_dense("one-page", DenseCase("", 1, 64, 16), num_sm_parts=1)
+_dense("page-and-one-fp16", DenseCase("", 2, 65, 3, dtype="float16"), num_sm_parts=2)
+_dense("many-splits", DenseCase("", 1, 3000, 16), num_sm_parts=24)
+_dense(
+    "several-requests-a-part",
+    DenseCase("", 5, 200, 64, lengths=(0, 200, 1, 64, 130)),
+    num_sm_parts=2,
+)
+_dense("two-row-tiles", DenseCase("", 2, 300, 128), num_sm_parts=3)
+_dense("odd-rows-causal", DenseCase("", 2, 140, 63, s_q=2, causal=True), num_sm_parts=4)
+_dense(
+    "grouped-heads-causal-fp16",
+    DenseCase("", 3, 140, 9, h_kv=3, s_q=4, causal=True, dtype="float16", lengths="varying"),
+)
+_dense("batch-invariant", DenseCase("", 2, 1500, 16, lengths=(1500, 70)), batch_invariant=True)
+_dense("sink", DenseCase("", 2, 140, 16, attn_sink=True), num_sm_parts=3)
+_dense("page-16", DenseCase("", 2, 300, 16, page_size=16), MEMCHECK)
+_dense("page-256", DenseCase("", 2, 600, 16, page_size=256), MEMCHECK)
+_dense("long", DenseCase("", 1, 20000, 16), MEMCHECK)
+_dense(
+    "fewer-keys-than-queries",
+    DenseCase("", 4, 3, 4, s_q=4, causal=True, lengths=(0, 1, 3, 5)),
+    MEMCHECK,
+)
+_dense("more-parts-than-work", DenseCase("", 1, 70, 16), MEMCHECK, num_sm_parts=132)
+
+
+def _all_nan(out: np.ndarray, lse: np.ndarray) -> None:
+    assert np.isnan(out.astype(np.float32)).all() and np.isnan(lse).all()
+
+
+@_case("stale-schedule", MEMCHECK)
+def _stale_schedule() -> None:
+    """A schedule made for other lengths must still give the right result."""
+    import jax.numpy as jnp
+
+    made_for = cases.build(DenseCase("made-for", 3, 500, 16, lengths=(500, 40, 900)))
+    schedule = _launcher(made_for, num_sm_parts=7).schedule
+    for lengths in ((40, 900, 0), (1500, 1500, 1500), (1, 1, 1)):
+        inputs = cases.build(DenseCase(f"stale-{lengths}", 3, max(lengths), 16, lengths=lengths))
+        _check_dense(inputs, schedule=jnp.asarray(schedule))
+
+
+@_case("corrupt-schedule", MEMCHECK)
+def _corrupt_schedule() -> None:
+    """Numbers that are no schedule give NaN and touch nothing else."""
+    import jax.numpy as jnp
+
+    inputs = cases.build(DenseCase("corrupt", 3, 500, 16))
+    rng = np.random.default_rng(0)
+    low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    random = rng.integers(low, high, (7, 8), np.int32)
+    for schedule in (random, np.zeros((7, 8), np.int32), np.full((7, 8), high, np.int32)):
+        _all_nan(*_launcher(inputs, schedule=jnp.asarray(schedule)).run())
+
+
+@_case("bad-lengths-and-pages", MEMCHECK)
+def _bad_values() -> None:
+    """Negative lengths count as 0; impossible lengths and pages give NaN for their request only."""
+    case = DenseCase("bad-values", 4, 200, 16)
+    inputs = cases.build(case)
+    capacity = inputs.block_table.shape[1] * case.page_size
+    inputs.cache_seqlens = np.array([-5, capacity + 1, 200, 200], np.int32)
+    inputs.block_table[2, 1] = len(inputs.k_cache)
+    out, lse = _launcher(inputs, num_sm_parts=5).run()
+    assert (out[0] == 0).all() and np.isposinf(lse[0]).all()
+    _all_nan(out[1:3], lse[1:3])
+    inputs.cache_seqlens[:3] = 0
+    expected_out, expected_lse = inputs.expected()
+    oracle.check("dense_decode", "out", out[3], expected_out[3])
+    oracle.check("dense_decode", "lse", lse[3], expected_lse[3])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tool", choices=TOOLS)
+    parser.add_argument("names", nargs="*", help="cases to run; default: all of the tool")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    options = parser.parse_args()
+    chosen = [name for name, (_, tools) in _CASES.items() if options.tool in tools]
+    if unknown := set(options.names) - set(chosen):
+        parser.error(f"no {options.tool} cases: {', '.join(sorted(unknown))}")
+    chosen = options.names or chosen
+    if options.list:
+        print("\n".join(chosen))
+        return 0
+    for name in chosen:
+        print(f"case {name}", flush=True)
+        _CASES[name][0]()
+    print(f"all {len(chosen)} cases right", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
