@@ -66,7 +66,7 @@ def metadata(
     )
 
 
-def _max_invariant_splits(capacity: int) -> int:
+def max_invariant_splits(capacity: int) -> int:
     """The most pieces a batch-invariant request of up to ``capacity`` tokens has, at least 1."""
     blocks = -(-capacity // scheduler.BLOCK)
     pieces = -(-blocks // scheduler.MIN_INVARIANT_BLOCKS)
@@ -138,7 +138,7 @@ def dense_decode(
         )
     num_parts = schedule.shape[0]
     if batch_invariant:
-        slots = b * _max_invariant_splits(block_table.shape[1] * page_size)
+        slots = b * max_invariant_splits(block_table.shape[1] * page_size)
     else:
         # A part begins and ends inside a request at most once each; one part cuts nothing.
         slots = 2 * num_parts if num_parts > 1 else 0
