@@ -75,6 +75,7 @@ def _check_page_offset(op: str, page_offset: Any, num_pages: Any) -> int | None:
     return _checks.check_int(op, "num_pages", num_pages, 0)
 
 
+@functools.partial(jax.jit, static_argnames=("page_size", "num_pages"))
 def _lookup(
     indices: Array,
     block_table: Array,
@@ -307,6 +308,58 @@ def _scatter(data: Array, starts: list[Array], rows: Array) -> Array:
         unique_indices=True,
         mode=lax.GatherScatterMode.FILL_OR_DROP,
     )
+
+
+@functools.partial(jax.jit, static_argnames=("cache_format", "page_size", "power_of_two_scales"))
+def _append(
+    data: Array,
+    slots: Array,
+    rows: Array,
+    *,
+    cache_format: str,
+    page_size: int,
+    power_of_two_scales: bool,
+) -> Array:
+    """``data`` with tokens ``rows`` [t, h_kv, d] written to ``slots`` int32[t]; t, pages > 0."""
+    num_pages = data.shape[0]
+    page, offset, valid = _split_slots(slots, num_pages, page_size)
+    page = jnp.where(valid, page, num_pages + lax.iota(jnp.int32, page.shape[0]))
+    if cache_format == "plain":
+        return _scatter(data, [page, offset], rows.astype(data.dtype))
+    latent = _q.FP8_FORMATS[cache_format].latent
+    tokens = _q._encode_tokens(
+        rows[..., :latent],
+        rows[..., latent:],
+        cache_format=cache_format,
+        power_of_two_scales=power_of_two_scales,
+    )
+    if cache_format == "fp8_v32":
+        return _scatter(data, [page, offset], tokens)
+    tokens = tokens[:, 0]
+    data_at = offset * _q.V4_DATA_BYTES
+    scales_at = page_size * _q.V4_DATA_BYTES + offset * _q.V4_SCALE_BYTES
+    data = _scatter(data, [page, data_at], tokens[:, : _q.V4_DATA_BYTES])
+    return _scatter(data, [page, scales_at], tokens[:, _q.V4_DATA_BYTES :])
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+@functools.partial(jax.jit, static_argnames=("cache_format", "page_size", "dtype"))
+def _gather_or_zero(
+    data: Array, slots: Array, *, cache_format: str, page_size: int, dtype: Any
+) -> Array:
+    """Tokens of ``slots``, zeros where a slot is not in the cache; pages > 0."""
+    _, _, valid = _split_slots(slots, data.shape[0], page_size)
+    tokens = _q.gather_tokens(
+        data,
+        jnp.where(valid, slots, 0),
+        cache_format=cache_format,
+        page_size=page_size,
+        dtype=dtype,
+    )
+    return jnp.where(valid[..., None, None], tokens, jnp.zeros((), dtype))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -580,31 +633,17 @@ class PagedKVCache:
                 latent, rope_rows = latent.astype(self.dtype), rope_rows.astype(self.dtype)
             rows = jnp.concatenate([latent, rope_rows], axis=-1)
         flag = _q._check_scales(op, self.format, power_of_two_scales)
-        page, offset, valid = _split_slots(
-            jnp.asarray(slot_mapping).reshape(-1), self.num_pages, self.page_size
-        )
-        if page.size == 0 or self.num_pages == 0:
+        if rows.shape[0] == 0 or self.num_pages == 0:
             return self
-        page = jnp.where(valid, page, self.num_pages + lax.iota(jnp.int32, page.shape[0]))
-        return dataclasses.replace(self, data=self._written(page, offset, rows, flag))
-
-    def _written(self, page: Array, offset: Array, rows: Array, power_of_two_scales: bool) -> Array:
-        if self.format == "plain":
-            return _scatter(self.data, [page, offset], rows.astype(self.data.dtype))
-        latent = _q.FP8_FORMATS[self.format].latent
-        tokens = _q._encode_tokens(
-            rows[..., :latent],
-            rows[..., latent:],
+        data = _append(
+            self.data,
+            jnp.asarray(slot_mapping).reshape(-1),
+            rows,
             cache_format=self.format,
-            power_of_two_scales=power_of_two_scales,
+            page_size=self.page_size,
+            power_of_two_scales=flag,
         )
-        if self.format == "fp8_v32":
-            return _scatter(self.data, [page, offset], tokens)
-        tokens = tokens[:, 0]
-        at = offset * _q.V4_DATA_BYTES
-        scale_at = self.page_size * _q.V4_DATA_BYTES + offset * _q.V4_SCALE_BYTES
-        data = _scatter(self.data, [page, at], tokens[:, : _q.V4_DATA_BYTES])
-        return _scatter(data, [page, scale_at], tokens[:, _q.V4_DATA_BYTES :])
+        return dataclasses.replace(self, data=data)
 
     def gather(self, slots: Array, *, dtype: Any = None) -> Array:
         """Reads tokens, dequantised.
@@ -626,15 +665,9 @@ class PagedKVCache:
         slots = jnp.asarray(slots)
         if self.num_pages == 0:
             return jnp.zeros((*slots.shape, self.num_heads_k, self.head_dim), dtype)
-        _, _, valid = _split_slots(slots, self.num_pages, self.page_size)
-        tokens = _q.gather_tokens(
-            self.data,
-            jnp.where(valid, slots, 0),
-            cache_format=self.format,
-            page_size=self.page_size,
-            dtype=dtype,
+        return _gather_or_zero(
+            self.data, slots, cache_format=self.format, page_size=self.page_size, dtype=dtype
         )
-        return jnp.where(valid[..., None, None], tokens, jnp.zeros((), dtype))
 
     def to_dense(self, *, dtype: Any = None) -> Array:
         """The whole cache dequantised: [num_pages, page_size, h_kv, d] (leading axes are kept).
