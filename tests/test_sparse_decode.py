@@ -1,0 +1,352 @@
+"""Sparse decode on XLA against the float64 oracle, and every rule of its edge cases."""
+
+import dataclasses
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_flashmla.cache import PagedKVCache
+from jax_flashmla.decode import flash_mla_with_kvcache
+from jax_flashmla.metadata import get_mla_metadata
+
+STATIC = (
+    "head_dim_v",
+    "softmax_scale",
+    "causal",
+    "is_fp8_kvcache",
+    "implementation",
+    "batch_invariant",
+    "num_sm_parts",
+)
+decode = functools.partial(
+    jax.jit(flash_mla_with_kvcache, static_argnames=STATIC), implementation="xla"
+)
+
+
+def call_of(inputs):
+    """The inputs as keyword arguments of the public function."""
+    case = inputs.case
+
+    def cache(part, page_size):
+        if part is None:
+            return None
+        if case.cache_format == "fp8_v4":
+            return PagedKVCache(jnp.asarray(part.data), "fp8_v4", page_size)
+        return part.data
+
+    return {
+        "q": inputs.q,
+        "k_cache": cache(inputs.cache, case.page_size),
+        "block_table": None,
+        "cache_seqlens": None,
+        "head_dim_v": case.dv,
+        "softmax_scale": case.softmax_scale,
+        "is_fp8_kvcache": case.cache_format != "plain",
+        "indices": inputs.indices,
+        "attn_sink": inputs.attn_sink,
+        "extra_k_cache": cache(inputs.extra_cache, case.extra_page_size),
+        "extra_indices_in_kvcache": inputs.extra_indices,
+        "topk_length": inputs.topk_length,
+        "extra_topk_length": inputs.extra_topk_length,
+    }
+
+
+def run(call, **changes):
+    out, lse = decode(**{**call, **changes})
+    return np.asarray(out), np.asarray(lse)
+
+
+def check(inputs, got):
+    out, lse = inputs.expected()
+    assert got[0].dtype == inputs.q.dtype and got[1].dtype == np.float32
+    if inputs.case.scores == "flat":
+        oracle.check("sparse_decode", "out", got[0], out)
+        oracle.check("sparse_decode", "lse", got[1], lse)
+    else:
+        oracle.check_norm("sparse_decode", "out", got[0], out)
+        oracle.check_norm("sparse_decode", "lse", got[1], lse, bound=1e-5)
+
+
+@pytest.mark.parametrize("case", cases.sparse_small(), ids=lambda case: case.name)
+def test_agrees_with_oracle(case):
+    inputs = cases.build_sparse(case)
+    check(inputs, run(call_of(inputs)))
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_agrees_with_oracle_on_any_shape(data):
+    draw = data.draw
+    pages, page_size = draw(st.integers(0, 5)), draw(st.integers(1, 20))
+    extra_pages, extra_page_size = draw(st.integers(0, 5)), draw(st.integers(1, 20))
+    d = draw(st.integers(1, 40))
+    case = cases.SparseCase(
+        "drawn",
+        draw(st.integers(1, 3)),
+        draw(st.integers(0, 40)),
+        draw(st.integers(1, 6)),
+        draw(st.integers(1, 3)),
+        pages * page_size,
+        page_size,
+        dtype=draw(st.sampled_from(["bfloat16", "float16", "float32"])),
+        d=d,
+        dv=draw(st.integers(1, d)),
+        invalid=draw(st.sampled_from([0.0, 0.5, 1.0])),
+        topk_length=draw(st.booleans()),
+        extra_topk=draw(st.integers(0, 9)),
+        extra_slots=extra_pages * extra_page_size,
+        extra_page_size=extra_page_size,
+        extra_topk_length=draw(st.booleans()),
+        attn_sink=draw(st.booleans()),
+    )
+    inputs = cases.build_sparse(case, draw(st.integers(0, 100)))
+    got = run(call_of(inputs), batch_invariant=draw(st.booleans()))
+    # A handful of elements is nothing to average over: the bound by element says it all.
+    out, lse = inputs.expected()
+    tolerance = oracle.TOLERANCES["sparse_decode", "out"]
+    oracle.check("sparse_decode", "out", got[0], out, dataclasses.replace(tolerance, cos=1e-4))
+    oracle.check("sparse_decode", "lse", got[1], lse)
+
+
+# ------------------------------------------------------------------ one small problem, many edges
+
+SMALL = cases.SparseCase(
+    "edges",
+    3,
+    10,
+    4,
+    s_q=2,
+    slots=32,
+    page_size=4,
+    dtype="float32",
+    d=24,
+    dv=16,
+    invalid=0.2,
+    topk_length=True,
+    extra_topk=6,
+    extra_slots=15,
+    extra_page_size=3,
+    extra_topk_length=True,
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return cases.build_sparse(SMALL)
+
+
+@pytest.fixture(scope="module")
+def clean(small):
+    got = run(call_of(small))
+    check(small, got)
+    return got
+
+
+def same(got, clean):
+    for a, b in zip(got, clean, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_small_problem_agrees_with_oracle(clean):
+    # Of the last request no index of either cache counts.
+    assert (clean[0][2] == 0).all() and (clean[1][2] == np.inf).all()
+    assert np.isfinite(clean[1][:2]).any()
+
+
+@pytest.mark.parametrize("bad", [-1, -7, -(2**31), "slots", cases.GARBAGE, 2**31 - 1])
+def test_invalid_indices_are_skipped(small, clean, bad):
+    """Whichever invalid index stands in for another, the result is the same."""
+    bad = (32, 15) if bad == "slots" else (bad, bad)
+    indices, extra = small.indices, small.extra_indices
+    indices = np.where((indices < 0) | (indices >= 32), bad[0], indices).astype(np.int32)
+    extra = np.where((extra < 0) | (extra >= 15), bad[1], extra).astype(np.int32)
+    assert (indices != small.indices).any() and (extra != small.extra_indices).any()
+    same(run(call_of(small), indices=indices, extra_indices_in_kvcache=extra), clean)
+
+
+def test_entries_after_the_length_never_count(small, clean):
+    for name, width in (("topk_length", 10), ("extra_topk_length", 6)):
+        field = "indices" if name == "topk_length" else "extra_indices"
+        length = getattr(small, name)
+        after = np.arange(width) >= length[:, None, None]
+        for garbage in (0, cases.GARBAGE, -5):
+            changed = np.where(after, garbage, getattr(small, field)).astype(np.int32)
+            key = field if field == "indices" else "extra_indices_in_kvcache"
+            same(run(call_of(small), **{key: changed}), clean)
+
+
+def test_lengths_out_of_range(small):
+    """A negative length counts as 0, one larger than topk as topk."""
+    call = call_of(small)
+    low, high = np.int32([-1, -(2**31), -3]), np.int32([11, 2**31 - 1, 10])
+    same(
+        run(call, topk_length=low, extra_topk_length=high),
+        run(call, topk_length=low * 0, extra_topk_length=np.int32([6, 6, 6])),
+    )
+    nothing = run(call, topk_length=low, extra_topk_length=low)
+    assert (nothing[0] == 0).all() and (nothing[1] == np.inf).all()
+
+
+def test_duplicates_count_twice(small):
+    """Doubling every index leaves out as it is and adds log 2 to lse."""
+    call = call_of(small) | {"topk_length": None, "extra_topk_length": None}
+    once = run(call)
+    twice = run(
+        call,
+        indices=np.tile(small.indices, 2),
+        extra_indices_in_kvcache=np.tile(small.extra_indices, 2),
+    )
+    np.testing.assert_allclose(twice[0], once[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(twice[1], once[1] + np.log(2), rtol=1e-6, atol=1e-6)
+
+
+def test_two_caches_are_one_union(small):
+    """The same tokens in one cache or spread over two give the same attention."""
+    values = np.nan_to_num(np.asarray(small.cache.values))
+    indices = np.arange(24, dtype=np.int32).reshape(1, 1, 24)
+    call = call_of(small) | {
+        "q": small.q[:1, :1],
+        "k_cache": values,
+        "topk_length": None,
+        "extra_topk_length": None,
+    }
+    one = run(call, indices=indices, extra_k_cache=None, extra_indices_in_kvcache=None)
+    two = run(
+        call,
+        indices=indices[..., :10],
+        extra_k_cache=values.reshape(16, 2, 1, 24),
+        extra_indices_in_kvcache=indices[..., 10:],
+    )
+    np.testing.assert_allclose(two[0], one[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(two[1], one[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_unused_slots_never_leak(small, clean, poison):
+    cache, extra = (
+        np.where(np.isnan(x.data), np.float32(poison), x.data)
+        for x in (small.cache, small.extra_cache)
+    )
+    same(run(call_of(small), k_cache=cache, extra_k_cache=extra), clean)
+
+
+def test_nan_reaches_only_who_attends(small, clean):
+    counts = np.arange(10) < small.topk_length[:, None, None]
+    slot = small.indices[counts & (small.indices >= 0) & (small.indices < 32)][0]
+    attends = ((small.indices == slot) & counts).any(axis=-1)
+    assert attends.any() and not attends.all()
+    data = small.cache.data.copy()
+    data.reshape(32, 24)[slot, 3] = np.nan
+    out, lse = run(call_of(small), k_cache=data)
+    assert np.isnan(out[attends]).all() and np.isnan(lse.transpose(0, 2, 1)[attends]).all()
+    np.testing.assert_array_equal(out[~attends], clean[0][~attends])
+
+
+def test_attn_sink(small, clean):
+    inputs = dataclasses.replace(small, attn_sink=np.float32([np.inf, -np.inf, 0.5, 1000]))
+    got = run(call_of(inputs))
+    check(inputs, got)
+    np.testing.assert_array_equal(got[1], clean[1])
+    assert not np.isnan(got[0]).any()
+    assert (got[0][:, :, 0] == 0).all()
+    np.testing.assert_array_equal(got[0][:, :, 1], clean[0][:, :, 1])
+
+
+def test_tables_and_lengths_are_not_used(small, clean):
+    table, lengths = np.full((3, 2), cases.GARBAGE, np.int32), np.full(3, -5, np.int32)
+    same(run(call_of(small), block_table=table, cache_seqlens=lengths), clean)
+
+
+@pytest.mark.parametrize("empty", ["b", "s_q", "topk", "pages", "extra", "all"])
+def test_sizes_of_zero(small, empty):
+    b = 0 if empty in ("b", "all") else 3
+    s_q = 0 if empty in ("s_q", "all") else 2
+    topk = 0 if empty in ("topk", "all") else 10
+    pages = 0 if empty in ("pages", "all") else 8
+    extra = 0 if empty in ("extra", "all") else 6
+    call = call_of(small) | {
+        "q": small.q[:b, :s_q],
+        "k_cache": small.cache.data[:pages],
+        "indices": small.indices[:b, :s_q, :topk],
+        "topk_length": small.topk_length[:b],
+        "extra_indices_in_kvcache": small.extra_indices[:b, :s_q, :extra],
+        "extra_topk_length": small.extra_topk_length[:b],
+    }
+    inputs = dataclasses.replace(
+        small,
+        q=call["q"],
+        cache=cases.SparseCache(call["k_cache"], call["k_cache"]),
+        indices=call["indices"],
+        topk_length=call["topk_length"],
+        extra_indices=call["extra_indices_in_kvcache"],
+        extra_topk_length=call["extra_topk_length"],
+    )
+    got = run(call)
+    assert got[0].shape == (b, s_q, 4, 16) and got[1].shape == (b, 4, s_q)
+    check(inputs, got)
+
+
+# ------------------------------------------------------------------ caches, schedules, invariance
+
+
+def test_v32_rows_as_float8(small):
+    case = next(c for c in cases.sparse_small() if c.name == "v32-arbitrary")
+    inputs = cases.build_sparse(case)
+    call = call_of(inputs)
+    same(run(call, k_cache=inputs.cache.data.view(oracle.FLOAT8)), run(call))
+    cache = PagedKVCache(jnp.asarray(inputs.cache.data), "fp8_v32", case.page_size)
+    same(run(call, k_cache=cache), run(call))
+
+
+def test_schedules(small, clean):
+    kind = {"num_q_tokens_per_head_k": 8, "num_heads_k": 1, "num_heads_q": 4, "topk": 10}
+    kind |= {"batch_size": 3, "num_sm_parts": 5, "implementation": "xla"}
+    for changes in ({}, {"topk": 5000, "extra_topk": 64}):
+        metadata, splits = get_mla_metadata(**kind | changes)
+        same(run(call_of(small), tile_scheduler_metadata=metadata, num_splits=splits), clean)
+    for changes in ({"num_q_tokens_per_head_k": 12}, {"batch_invariant": True}):
+        metadata, splits = get_mla_metadata(**kind | changes)
+        got = run(call_of(small), tile_scheduler_metadata=metadata, num_splits=splits)
+        assert np.isnan(got[0]).all() and np.isnan(got[1]).all()
+
+
+def test_batch_invariant_results_have_the_same_bits():
+    case = cases.SparseCase(
+        "invariant", 3, 600, 5, s_q=2, d=96, dv=64, extra_topk=40, topk_length=True
+    )
+    inputs = cases.build_sparse(case)
+    call = call_of(inputs)
+    together = run(call, batch_invariant=True)
+    check(inputs, together)
+    for r in range(3):
+        names = ("q", "indices", "topk_length", "extra_indices_in_kvcache")
+        alone = {name: call[name][[r]] for name in names}
+        got = run(call | alone, batch_invariant=True)
+        for a, b in zip(got, together, strict=True):
+            np.testing.assert_array_equal(a[0], b[r])
+
+
+def test_memory_is_bounded():
+    """b 128, two query tokens, topk 2048: a gather of all tokens would take 1.2 GB."""
+    b, s_q, h, topk = 128, 2, 128, 2048
+    shape = jax.ShapeDtypeStruct
+    compiled = jax.jit(
+        functools.partial(
+            flash_mla_with_kvcache, head_dim_v=512, is_fp8_kvcache=True, implementation="xla"
+        )
+    )
+    compiled = compiled.lower(
+        shape((b, s_q, h, 576), jnp.bfloat16),
+        shape((4096, 64, 1, 656), jnp.uint8),
+        None,
+        None,
+        indices=shape((b, s_q, topk), jnp.int32),
+    ).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 512e6
