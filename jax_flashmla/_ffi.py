@@ -98,7 +98,7 @@ def _installed_extension() -> str | None:
         if distribution.version != __version__:
             continue
         for file in distribution.files or ():
-            path = os.fspath(distribution.locate_file(file))
+            path = str(distribution.locate_file(file))
             if file.parent.name == "jax_flashmla" and _is_extension(path):
                 return path
     return None

@@ -1,3 +1,3 @@
-"""The version of the package, read by the build and compared with the compiled extension."""
+"""The version of the package, also in pyproject.toml; the compiled extension must have the same."""
 
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 import types
 from pathlib import Path
 
@@ -20,6 +21,12 @@ from jax_flashmla import _ffi
 from jax_flashmla._version import __version__
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == __version__
+    assert f"({__version__})" in (ROOT / "CHANGELOG.md").read_text()
 
 
 # --- Versions of jaxlib and of the XLA FFI --------------------------------------------------

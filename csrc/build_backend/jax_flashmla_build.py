@@ -28,7 +28,7 @@ SWITCH = "JAX_FLASHMLA_CUDA"
 
 # Handlers run on a jaxlib whose FFI is as new as their headers or newer, so an isolated build
 # takes the headers of the oldest jaxlib supported.
-_CUDA_BUILD_REQUIRES = ["nanobind>=3,<4", "jaxlib==0.10.0"]
+_CUDA_BUILD_REQUIRES = ["nanobind>=2.9,<4", "jaxlib==0.10.0"]
 _CUDA_COMPILER_REQUIRES = ["cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]==13.0.2"]
 _OLDEST_CUDA = (12, 8)
 _DEFAULT_CUDA_HOME = "/usr/local/cuda"
