@@ -477,38 +477,40 @@ def _sharding_rule(op, present, result_shapes) -> tuple[str, dict[str, int]]:
 def _partitioned(op, for_cuda, names, static, implementation, avals):
     """The call as a function that XLA's partitioner divides along ``op.split``."""
 
-    @custom_partitioning
-    def whole(*arrays):
+    # The inner jit keeps array constants to itself: custom_partitioning cannot have any.
+    @jax.jit
+    def inner(*arrays):
         return _compute(op, for_cuda, names, static, implementation, *arrays)
 
-    def divide(mesh, arguments, results):
-        shardings = [a.sharding for a in (*arguments, *results)]
-        if not all(s is None or isinstance(s, NamedSharding) for s in shardings):
-            raise ValueError(
-                f"{op.name}: operands lie on several devices without a mesh; give them a "
-                "jax.sharding.NamedSharding, or wrap the call in jax.shard_map"
-            )
-        axes = [
-            _axes_of(() if s is None else s.spec, len(a.shape))
-            for a, s in zip((*arguments, *results), shardings, strict=True)
-        ]
-        asked = [
-            (n, tuple(r.shape), x)
-            for n, r, x in zip(op.results, results, axes[len(arguments) :], strict=False)
-        ]
-        division = _divide(
-            op,
-            dict(zip(names, arguments, strict=True)),
-            dict(zip(names, axes[: len(arguments)], strict=True)),
-            dict(mesh.shape),
-            explicit=False,
-            results=asked,
+    @custom_partitioning
+    def whole(*arrays):
+        return inner(*arrays)
+
+    def axes_of(value):
+        sharding = value.sharding
+        if isinstance(sharding, NamedSharding):
+            return _axes_of(sharding.spec, len(value.shape))
+        if sharding is None or sharding.is_fully_replicated:  # where no operand has a mesh
+            return ((),) * len(value.shape)
+        raise ValueError(
+            f"{op.name}: operands are sharded without a mesh; give them a "
+            "jax.sharding.NamedSharding, or wrap the call in jax.shard_map"
         )
-        own = dict(zip(names, axes[: len(arguments)], strict=True))
-        return division, own
+
+    def divide(mesh, arguments, results):
+        own = {n: axes_of(a) for n, a in zip(names, arguments, strict=True)}
+        asked = [(n, tuple(r.shape), axes_of(r)) for n, r in results]
+        present = dict(zip(names, arguments, strict=True))
+        return own, _divide(op, present, own, dict(mesh.shape), explicit=False, results=asked)
+
+    def placed(mesh, value, axes):
+        if isinstance(value.sharding, NamedSharding):
+            return NamedSharding(mesh, _spec(axes))
+        return value.sharding  # replicated, as axes_of found
 
     def partition(mesh, arguments, results):
-        division, own = divide(mesh, arguments, results)
+        named_results = list(zip(op.results, results, strict=True))
+        own, division = divide(mesh, arguments, named_results)
         dropped = op.drop_when_split if division.is_split else ()
 
         def local(*arrays):
@@ -516,21 +518,22 @@ def _partitioned(op, for_cuda, names, static, implementation, avals):
             with jax.sharding.use_abstract_mesh(_NO_MESH):
                 return _compute(op, for_cuda, tuple(kept), static, implementation, *kept.values())
 
-        def sharding(name, value):
-            axes = own[name] if name in dropped else division.axes_of(name, tuple(value.shape))
-            return NamedSharding(mesh, _spec(axes))
-
         return (
             mesh,
             local,
-            tuple(sharding(n, r) for n, r in zip(op.results, results, strict=True)),
-            tuple(sharding(n, a) for n, a in zip(names, arguments, strict=True)),
+            tuple(placed(mesh, r, division.axes_of(n, r.shape)) for n, r in named_results),
+            tuple(
+                placed(mesh, a, own[n] if n in dropped else division.axes_of(n, a.shape))
+                for n, a in zip(names, arguments, strict=True)
+            ),
         )
 
-    def infer(mesh, arguments, results):  # used by the partitioner before Shardy
-        division, _ = divide(mesh, arguments, ())
+    def infer(mesh, arguments, results):  # for the partitioner before Shardy
+        _, division = divide(mesh, arguments, [])
+        if mesh.empty:  # all replicated, as axes_of found
+            return tuple(arguments[0].sharding for _ in results)
         return tuple(
-            NamedSharding(mesh, _spec(division.axes_of(n, tuple(r.shape))))
+            NamedSharding(mesh, _spec(division.axes_of(n, r.shape)))
             for n, r in zip(op.results, results, strict=True)
         )
 
