@@ -63,8 +63,8 @@ def check_ffi(compiled: tuple[int, int], runtime: tuple[int, int], version: str)
     raise ImportError(
         f"jax_flashmla {__version__} was compiled for XLA FFI {compiled[0]}.{compiled[1]}, which "
         f"needs {fits}, but jaxlib {version} is installed, which has XLA FFI "
-        f"{runtime[0]}.{runtime[1]}. Install {fits}, or build jax_flashmla again with this "
-        "jaxlib: pip install --force-reinstall --no-deps jax_flashmla (from its source)"
+        f"{runtime[0]}.{runtime[1]}. Install {fits}, or install jax_flashmla from source again "
+        "(pip install . in its checkout)"
     )
 
 
