@@ -39,14 +39,12 @@ def _join_slots(
 ) -> Array:
     """``(page + page_offset) * page_size + offset`` where valid and representable, else -1.
 
-    Page and offset are >= 0 where valid.
+    Offset is in [0, page_size), and page >= 0 where valid. Validity is decided by the caller before
+    anything is added: garbage plus an offset may well be some page. A sum of two valid numbers
+    that wraps is negative.
     """
-    # Masked before anything is added: garbage plus an offset could wrap into a valid page. A sum
-    # of valid terms that wraps is negative.
-    page = jnp.where(valid, page, 0) + jnp.asarray(page_offset, jnp.int32)
-    offset = jnp.where(valid, offset, 0)
-    fits = (page >= 0) & (page <= lax.div(_INT32_MAX - offset, jnp.int32(page_size)))
-    valid = valid & fits
+    page = page + jnp.asarray(page_offset, jnp.int32)
+    valid &= (page >= 0) & (page <= lax.div(_INT32_MAX - offset, jnp.int32(page_size)))
     return jnp.where(valid, jnp.where(valid, page, 0) * page_size + offset, -1)
 
 

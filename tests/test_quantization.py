@@ -195,6 +195,18 @@ def test_random_tokens(cache_format, power_of_two, dtype):
     check_quantized(kv_c, k_pe, cache_format, power_of_two)
 
 
+def quotients_near_a_half_ulp(rng, n):
+    """Pairs of significands whose float32 quotient has a remainder just beside one half."""
+    pairs = []
+    while len(pairs) < n:
+        y = int(rng.integers(1 << 22, 1 << 23)) * 2 + 1
+        # x < y: x * 2**24 / y is an integer of 24 bits and the remainder (y +- 1) / 2.
+        x = pow(1 << 24, -1, y) * ((y + (1 if len(pairs) % 2 else -1)) // 2) % y
+        if x >= 1 << 23:
+            pairs.append((x, y))
+    return np.array(pairs, np.float32).T
+
+
 def random_significands(rng, n):
     x = rng.integers(1 << 23, 1 << 24, n).astype(np.uint32)
     x[:64] = 1 << 23
@@ -210,6 +222,7 @@ def test_division_does_not_rely_on_the_backend(monkeypatch, error):
     rng = np.random.default_rng(3)
     a, b = random_significands(rng, 20_000), random_significands(rng, 20_000)[::-1].copy()
     a[1000:2000] = b[1000:2000]
+    a[2000:2500], b[2000:2500] = quotients_near_a_half_ulp(rng, 500)
     exponent, significand = q._divide(jnp.asarray(a.view(np.int32)), jnp.asarray(b.view(np.int32)))
     got = np.ldexp(np.asarray(significand).astype(np.float64), np.asarray(exponent) - 23)
     np.testing.assert_array_equal(got, (a / b).astype(np.float64))
