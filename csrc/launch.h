@@ -28,10 +28,10 @@ Status launch_schedule(const ScheduleParams& params, cudaStream_t stream);
 }  // namespace flashmla
 
 // Returns from the enclosing function with a Status unless `expr` gives cudaSuccess.
-#define FLASHMLA_RETURN_IF_ERROR(expr)              \
-  do {                                              \
-    const cudaError_t error_ = (expr);              \
-    if (error_ != cudaSuccess) {                    \
-      return ::flashmla::Status{error_, #expr};     \
-    }                                               \
+#define FLASHMLA_RETURN_IF_ERROR(expr)          \
+  do {                                          \
+    const cudaError_t error_ = (expr);          \
+    if (error_ != cudaSuccess) {                \
+      return ::flashmla::Status{error_, #expr}; \
+    }                                           \
   } while (0)

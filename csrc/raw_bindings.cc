@@ -104,7 +104,8 @@ void bind_pointer(Class& c, const char* name, Pointer Params::* member) {
 }  // namespace
 
 void bind_raw(nb::module_& m) {
-  nb::module_ raw = m.def_submodule("raw", "Launchers on raw device addresses; nothing is checked.");
+  nb::module_ raw =
+      m.def_submodule("raw", "Launchers on raw device addresses; nothing is checked.");
 
   nb::class_<DenseDecodeParams> dense(raw, "DenseDecodeParams");
   dense.def("__init__", [](DenseDecodeParams* p) { new (p) DenseDecodeParams{}; })
@@ -140,6 +141,7 @@ void bind_raw(nb::module_& m) {
   bind_pointer(dense, "lse", &DenseDecodeParams::lse);
   bind_pointer(dense, "partial_out", &DenseDecodeParams::partial_out);
   bind_pointer(dense, "partial_lse", &DenseDecodeParams::partial_lse);
+  bind_pointer(dense, "schedule_is_broken", &DenseDecodeParams::schedule_is_broken);
 
   nb::class_<ScheduleParams> schedule(raw, "ScheduleParams");
   schedule.def("__init__", [](ScheduleParams* p) { new (p) ScheduleParams{}; })

@@ -150,9 +150,10 @@ def dense_decode(
             jax.ShapeDtypeStruct((b, h_q, s_q), jnp.float32),
             jax.ShapeDtypeStruct((slots, h_kv, rows, head_dim_v), jnp.float32),
             jax.ShapeDtypeStruct((slots, h_kv, rows), jnp.float32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
         ),
     )
-    out, lse, _, _ = call(
+    out, lse, *_ = call(
         q,
         k_cache,
         block_table,

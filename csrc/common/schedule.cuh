@@ -64,8 +64,8 @@ struct Piece {
   int length;       // tokens of the whole request
   int first_block;  // first_block >= end_block: nothing to attend to
   int end_block;
-  int slot;         // where the partial result goes; -1: the piece is the whole request
-  bool poison;      // the length does not fit the table: the result is NaN
+  int slot;     // where the partial result goes; -1: the piece is the whole request
+  bool poison;  // the length does not fit the table: the result is NaN
 };
 
 // Walks over the pieces of one part. Every warp role walks on its own and sees the same pieces.

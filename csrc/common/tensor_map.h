@@ -23,7 +23,8 @@ inline Status tensor_map_encoder(decltype(&cuTensorMapEncodeTiled)* encoder) {
 }
 
 // A paged cache [pages, page_size, heads, dim] of 16-bit elements, read in 128-byte-swizzled boxes
-// of box_columns x box_tokens elements of one head and page. Coordinates: column, head, token, page.
+// of box_columns x box_tokens elements of one head and page. Coordinates: column, head, token,
+// page.
 inline Status encode_paged_cache(CUtensorMap* map, const void* cache, CUtensorMapDataType type,
                                  int pages, int page_size, int heads, int dim, int box_columns,
                                  int box_tokens) {
@@ -39,10 +40,10 @@ inline Status encode_paged_cache(CUtensorMap* map, const void* cache, CUtensorMa
   const cuuint32_t box[4] = {static_cast<cuuint32_t>(box_columns), 1,
                              static_cast<cuuint32_t>(box_tokens), 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
-  const CUresult result = encode(map, type, 4, const_cast<void*>(cache), sizes, strides, box,
-                                 element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, type, 4, const_cast<void*>(cache), sizes, strides, box, element_strides,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return {cudaErrorInvalidValue, "cuTensorMapEncodeTiled of the cache"};
   }

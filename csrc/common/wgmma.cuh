@@ -57,11 +57,12 @@ __device__ __forceinline__ void hold(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-#define FLASHMLA_ACC_8(d, i)                                                              \
-  "+f"(d[(i)]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3]), "+f"(d[(i) + 4]),   \
+#define FLASHMLA_ACC_8(d, i)                                                            \
+  "+f"(d[(i)]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3]), "+f"(d[(i) + 4]), \
       "+f"(d[(i) + 5]), "+f"(d[(i) + 6]), "+f"(d[(i) + 7])
-#define FLASHMLA_ACC_32(d, i) \
-  FLASHMLA_ACC_8(d, i), FLASHMLA_ACC_8(d, i + 8), FLASHMLA_ACC_8(d, i + 16), FLASHMLA_ACC_8(d, i + 24)
+#define FLASHMLA_ACC_32(d, i)                                                \
+  FLASHMLA_ACC_8(d, i), FLASHMLA_ACC_8(d, i + 8), FLASHMLA_ACC_8(d, i + 16), \
+      FLASHMLA_ACC_8(d, i + 24)
 #define FLASHMLA_ACC_128(d) \
   FLASHMLA_ACC_32(d, 0), FLASHMLA_ACC_32(d, 32), FLASHMLA_ACC_32(d, 64), FLASHMLA_ACC_32(d, 96)
 
@@ -85,30 +86,32 @@ __device__ __forceinline__ void hold(float (&registers)[kCount]) {
 //   m64n64k16_ss:  d (+)= A B^T, A and B in shared memory, both K-major.
 //   m64n256k16_ss: d += A B, A in shared memory K-major, B MN-major.
 //   m64n256k16_rs: d += A B, A in registers, B MN-major.
-#define FLASHMLA_DEFINE_WGMMA(TYPE, NAME)                                                       \
-  __device__ __forceinline__ void m64n64k16_ss(TYPE, float (&d)[32], uint64_t a, uint64_t b,    \
-                                               bool accumulate) {                               \
-    asm volatile(                                                                               \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                         \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME                             \
-        " {" FLASHMLA_REGISTERS_32 "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                         \
-        : FLASHMLA_ACC_32(d, 0)                                                                 \
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                   \
-  }                                                                                             \
+#define FLASHMLA_DEFINE_WGMMA(TYPE, NAME)                                                        \
+  __device__ __forceinline__ void m64n64k16_ss(TYPE, float (&d)[32], uint64_t a, uint64_t b,     \
+                                               bool accumulate) {                                \
+    asm volatile(                                                                                \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                             \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" FLASHMLA_REGISTERS_32   \
+        "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                                       \
+        : FLASHMLA_ACC_32(d, 0)                                                                  \
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                    \
+  }                                                                                              \
   __device__ __forceinline__ void m64n256k16_ss(TYPE, float (&d)[128], uint64_t a, uint64_t b) { \
-    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                    \
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." NAME "." NAME                   \
-                 " {" FLASHMLA_REGISTERS_128 "}, %128, %129, p, 1, 1, 0, 1;\n}\n"              \
-                 : FLASHMLA_ACC_128(d)                                                          \
-                 : "l"(a), "l"(b));                                                             \
-  }                                                                                             \
-  __device__ __forceinline__ void m64n256k16_rs(TYPE, float (&d)[128], const uint32_t (&a)[4],  \
-                                                uint64_t b) {                                   \
-    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                    \
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." NAME "." NAME                   \
-                 " {" FLASHMLA_REGISTERS_128 "}, {%128, %129, %130, %131}, %132, p, 1, 1, 1;\n}\n" \
-                 : FLASHMLA_ACC_128(d)                                                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
+    asm volatile(                                                                                \
+        "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                               \
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32." NAME "." NAME " {" FLASHMLA_REGISTERS_128 \
+        "}, %128, %129, p, 1, 1, 0, 1;\n}\n"                                                     \
+        : FLASHMLA_ACC_128(d)                                                                    \
+        : "l"(a), "l"(b));                                                                       \
+  }                                                                                              \
+  __device__ __forceinline__ void m64n256k16_rs(TYPE, float (&d)[128], const uint32_t (&a)[4],   \
+                                                uint64_t b) {                                    \
+    asm volatile(                                                                                \
+        "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                               \
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32." NAME "." NAME " {" FLASHMLA_REGISTERS_128 \
+        "}, {%128, %129, %130, %131}, %132, p, 1, 1, 1;\n}\n"                                    \
+        : FLASHMLA_ACC_128(d)                                                                    \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                   \
   }
 
 FLASHMLA_DEFINE_WGMMA(__nv_bfloat16, "bf16")

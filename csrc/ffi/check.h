@@ -45,11 +45,10 @@ inline Status compute_capability(int* capability) {
 }  // namespace flashmla
 
 // Returns InvalidArgument with the expression and shapes() (a std::string) unless `condition`.
-#define FLASHMLA_CHECK(op, condition, shapes)                                               \
-  do {                                                                                      \
-    if (!(condition)) {                                                                     \
-      return ::xla::ffi::Error::InvalidArgument(std::string(op) + ": expected " #condition \
-                                                                  " of" +                   \
-                                                (shapes)());                                \
-    }                                                                                       \
+#define FLASHMLA_CHECK(op, condition, shapes)                                                      \
+  do {                                                                                             \
+    if (!(condition)) {                                                                            \
+      return ::xla::ffi::Error::InvalidArgument(std::string(op) + ": expected " #condition " of" + \
+                                                (shapes)());                                       \
+    }                                                                                              \
   } while (0)

@@ -14,16 +14,14 @@ ffi::Error dense_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_
                         ffi::Buffer<ffi::S32> schedule, ffi::Buffer<ffi::F32> attn_sink,
                         ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::F32>> lse,
                         ffi::Result<ffi::Buffer<ffi::F32>> partial_out,
-                        ffi::Result<ffi::Buffer<ffi::F32>> partial_lse, float softmax_scale,
-                        bool causal, bool batch_invariant) {
+                        ffi::Result<ffi::Buffer<ffi::F32>> partial_lse,
+                        ffi::Result<ffi::Buffer<ffi::S32>> status, float softmax_scale, bool causal,
+                        bool batch_invariant) {
   const auto shapes = [&] {
-    return describe("q", q) + describe("k_cache", k_cache) +
-           describe("block_table", block_table) +
-           describe("cache_seqlens", cache_seqlens) +
-           describe("schedule", schedule) + describe("attn_sink", attn_sink) +
-           describe("out", *out) + describe("lse", *lse) +
-           describe("partial_out", *partial_out) +
-           describe("partial_lse", *partial_lse);
+    return describe("q", q) + describe("k_cache", k_cache) + describe("block_table", block_table) +
+           describe("cache_seqlens", cache_seqlens) + describe("schedule", schedule) +
+           describe("attn_sink", attn_sink) + describe("out", *out) + describe("lse", *lse) +
+           describe("partial_out", *partial_out) + describe("partial_lse", *partial_lse);
   };
   const auto q_dims = q.dimensions();
   const auto k_dims = k_cache.dimensions();
@@ -67,18 +65,15 @@ ffi::Error dense_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_
   const int64_t rows = int64_t{p.seq_q} * (p.heads_q / p.heads_kv);
   FLASHMLA_CHECK(kOp, rows * p.heads_kv <= INT32_MAX, shapes);
   FLASHMLA_CHECK(kOp, partial_dims[1] == p.heads_kv && partial_dims[2] == rows, shapes);
-  FLASHMLA_CHECK(kOp, partial_dims[3] == p.head_dim_v, shapes);
-  FLASHMLA_CHECK(kOp,
-                 int64_t(partial_lse->element_count()) == p.num_slots * p.heads_kv * rows,
+  FLASHMLA_CHECK(kOp, partial_dims[3] == p.head_dim_v && status->element_count() == 1, shapes);
+  FLASHMLA_CHECK(kOp, int64_t(partial_lse->element_count()) == p.num_slots * p.heads_kv * rows,
                  shapes);
   // The slots follow from the schedule and must be there, or pieces would be written past the end.
   if (batch_invariant) {
     FLASHMLA_CHECK(kOp, p.num_slots % p.batch == 0, shapes);
     p.slots_per_request = p.num_slots / p.batch;
     const int64_t capacity = int64_t{p.table_width} * p.page_size;
-    FLASHMLA_CHECK(kOp,
-                   p.slots_per_request >= schedule::max_invariant_splits(capacity),
-                   shapes);
+    FLASHMLA_CHECK(kOp, p.slots_per_request >= schedule::max_invariant_splits(capacity), shapes);
   } else {
     FLASHMLA_CHECK(kOp, p.num_parts == 1 || p.num_slots >= 2 * int64_t{p.num_parts}, shapes);
   }
@@ -113,6 +108,7 @@ ffi::Error dense_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_
   p.lse = lse->typed_data();
   p.partial_out = partial_out->typed_data();
   p.partial_lse = partial_lse->typed_data();
+  p.schedule_is_broken = status->typed_data();
 
   int capability = 0;
   if (Status status = compute_capability(&capability); !status.ok()) return to_error(kOp, status);
@@ -143,6 +139,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashMlaDenseDecode, flashmla::dense_decode,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
                                   .Attr<float>("softmax_scale")
                                   .Attr<bool>("causal")
                                   .Attr<bool>("batch_invariant"),

@@ -15,8 +15,7 @@ ffi::Error metadata(cudaStream_t stream, ffi::Buffer<ffi::S32> lengths,
                     bool batch_invariant, bool sparse, int32_t default_length, int32_t max_length,
                     int32_t extra_default_length, int32_t extra_max_length) {
   const auto shapes = [&] {
-    return describe("lengths", lengths) +
-           describe("extra_lengths", extra_lengths) +
+    return describe("lengths", lengths) + describe("extra_lengths", extra_lengths) +
            describe("schedule", *schedule) + describe("num_splits", *num_splits);
   };
   const auto schedule_dims = schedule->dimensions();

@@ -30,23 +30,26 @@ struct Slots {
   }
 };
 
-// Parts that hold pieces of `request`, found by all threads of the CTA together.
-__device__ Slots find_slots(const DenseDecodeParams& p, int request) {
-  __shared__ int first_part;
+// The request that `part` begins and leaves unfinished, if any: count is 0 otherwise. Every split
+// request has exactly one such part; the other pieces are the first ones of the parts after it.
+__device__ Slots find_slots(const DenseDecodeParams& p, int part, int* request) {
+  const schedule::Row row = schedule::load_row(p.schedule, part);
+  *request = row.end_request;
+  if (row.end_unit == 0 ||
+      !schedule::precedes_or_equals(row.begin_request, row.begin_unit, row.end_request, 0)) {
+    return {0, 0, 0, 0};
+  }
+  // Exactly one later part runs past the request.
   __shared__ int last_part;
-  for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
-    const schedule::Row row = schedule::load_row(p.schedule, part);
-    // Exactly one part holds (request, 0), exactly one runs past the request.
-    const bool begins_at_or_before =
-        schedule::precedes_or_equals(row.begin_request, row.begin_unit, request, 0);
-    const bool ends_after =
-        row.end_request > request || (row.end_request == request && row.end_unit > 0);
-    if (begins_at_or_before && ends_after) first_part = part;
-    if (row.begin_request <= request && row.end_request > request) last_part = part;
+  for (int other = part + 1 + threadIdx.x; other < p.num_parts; other += kThreads) {
+    const schedule::Row later = schedule::load_row(p.schedule, other);
+    if (later.begin_request > row.end_request) break;
+    if (later.begin_request == row.end_request && later.end_request > row.end_request) {
+      last_part = other;
+    }
   }
   __syncthreads();
-  if (first_part == last_part) return {1, 0, 0, 0};
-  return {last_part - first_part + 1, int64_t{2} * first_part + 1, int64_t{2} * first_part, 2};
+  return {last_part - part + 1, int64_t{2} * part + 1, int64_t{2} * part, 2};
 }
 
 __device__ Slots invariant_slots(const DenseDecodeParams& p, int request) {
@@ -58,21 +61,17 @@ __device__ Slots invariant_slots(const DenseDecodeParams& p, int request) {
   return {splits, first, first, 1};
 }
 
+// Grid: (parts, or requests if batch_invariant) x groups of kWarps rows, flattened on x.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const DenseDecodeParams p, int rows,
-                                                          int row_groups) {
-  const int request = blockIdx.x / row_groups;
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(const DenseDecodeParams p, int rows, int row_groups) {
+  // All results are NaN already, and stay so.
+  if (*p.schedule_is_broken) return;
   const int row_group = blockIdx.x % row_groups;
   const int group = p.heads_q / p.heads_kv;
-  const schedule::Expected expected{
-      p.batch, p.heads_kv * schedule::ceil_div(rows, 64), p.num_parts,
-      schedule::expected_stamp(p.batch_invariant, /*sparse=*/false)};
-  // The attention kernel filled everything with NaN in this case.
-  if (__syncthreads_or(
-          schedule::any_row_broken(p.schedule, expected, threadIdx.x, kThreads))) {
-    return;
-  }
-  const Slots slots = p.batch_invariant ? invariant_slots(p, request) : find_slots(p, request);
+  int request = blockIdx.x / row_groups;
+  const Slots slots = p.batch_invariant ? invariant_slots(p, request)
+                                        : find_slots(p, /*part=*/blockIdx.x / row_groups, &request);
   if (slots.count < 2) return;
 
   const int warp = threadIdx.x / 32;
@@ -102,8 +101,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const DenseDecodePara
   const int head = kv_head * group + row % group;
   float factor = empty ? 0.f : 1.f / sum;
   if (p.attn_sink != nullptr && !empty) {
-    const int64_t base =
-        p.sink_per_request ? static_cast<int64_t>(request) * p.heads_q : 0;
+    const int64_t base = p.sink_per_request ? static_cast<int64_t>(request) * p.heads_q : 0;
     factor /= 1.f + expf(p.attn_sink[base + head] - lse);
   }
 
@@ -140,7 +138,7 @@ template <typename T>
 Status launch(const DenseDecodeParams& p, cudaStream_t stream) {
   const int rows = p.seq_q * p.heads_q / p.heads_kv;
   const int row_groups = schedule::ceil_div(rows * p.heads_kv, kWarps);
-  const int64_t ctas = static_cast<int64_t>(p.batch) * row_groups;
+  const int64_t ctas = static_cast<int64_t>(p.batch_invariant ? p.batch : p.num_parts) * row_groups;
   if (ctas > INT32_MAX) return {cudaErrorInvalidConfiguration, "grid of the merge kernel"};
   combine_kernel<T><<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(p, rows, row_groups);
   FLASHMLA_RETURN_IF_ERROR(cudaGetLastError());

@@ -77,8 +77,8 @@ __device__ __forceinline__ int exclusive_scan(int value, int* scratch, int* tota
 static_assert(kWarps == 32, "the second level of the scan is one warp");
 
 __device__ __forceinline__ void store_begin(const ScheduleParams& p, int part, Start start) {
-  const int4 stamp = {p.batch, p.row_tiles,
-                      schedule::expected_stamp(p.batch_invariant, p.sparse), p.num_parts};
+  const int4 stamp = {p.batch, p.row_tiles, schedule::expected_stamp(p.batch_invariant, p.sparse),
+                      p.num_parts};
   int32_t* row = p.schedule + int64_t{8} * part;
   row[0] = start.request;
   row[1] = start.unit;

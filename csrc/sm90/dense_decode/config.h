@@ -7,12 +7,12 @@
 
 namespace flashmla::sm90::dense_decode {
 
-constexpr int kRows = 64;                               // rows of a tile: query tokens x heads
-constexpr int kTokens = schedule::kBlockTokens;         // tokens of a block
-constexpr int kDim = 576;                               // columns of queries and keys
-constexpr int kDimV = 512;                              // columns of values and results
-constexpr int kSubTileColumns = 64;                     // columns of a 128-byte-swizzled sub-tile
-constexpr int kSubTiles = kDim / kSubTileColumns;       // 9; the last one is no value column
+constexpr int kRows = 64;                          // rows of a tile: query tokens x heads
+constexpr int kTokens = schedule::kBlockTokens;    // tokens of a block
+constexpr int kDim = 576;                          // columns of queries and keys
+constexpr int kDimV = 512;                         // columns of values and results
+constexpr int kSubTileColumns = 64;                // columns of a 128-byte-swizzled sub-tile
+constexpr int kSubTiles = kDim / kSubTileColumns;  // 9; the last one is no value column
 constexpr int kSubTilesHalf = kDimV / kSubTileColumns / 2;  // value sub-tiles of one warpgroup
 constexpr int kSubTileBytes = kRows * kSubTileColumns * 2;
 constexpr int kLastSubTile = kSubTiles - 1;
@@ -41,6 +41,8 @@ FLASHMLA_HOST_DEVICE constexpr bool page_size_supported(int page_size) {
   return page_size % kTokens == 0 || (page_size >= kMinPageSize && kTokens % page_size == 0);
 }
 
-FLASHMLA_HOST_DEVICE constexpr int box_tokens(int page_size) { return page_size < kTokens ? page_size : kTokens; }
+FLASHMLA_HOST_DEVICE constexpr int box_tokens(int page_size) {
+  return page_size < kTokens ? page_size : kTokens;
+}
 
 }  // namespace flashmla::sm90::dense_decode

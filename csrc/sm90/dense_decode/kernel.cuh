@@ -39,7 +39,6 @@ struct SharedStorage {
   uint64_t q_empty;
   uint64_t kv_full[kBuffers][kSubTiles];
   uint64_t kv_empty[kBuffers][2];  // [.][h]: the value half of warpgroup h
-  uint64_t p_full[kBuffers];       // P of the block in the buffer, and its row_max
 };
 
 constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;  // slack to align the base
@@ -50,12 +49,13 @@ constexpr int kWarpArrivals = 4;  // one lane of each warp of a warpgroup
 // Named barriers.
 constexpr int kBarrierMath = 1;       // both math warpgroups
 constexpr int kBarrierMathGroup = 2;  // + warpgroup index
+constexpr int kBarrierP = 4;          // + buffer: P of its block, and row_max, have been stored
 
 struct KernelParams {
   DenseDecodeParams p;
-  int rows;        // s_q * h_q / h_kv: rows of one request and KV head
-  int row_tiles;   // of 64 rows
-  int group;       // h_q / h_kv: query heads of a KV head
+  int rows;       // s_q * h_q / h_kv: rows of one request and KV head
+  int row_tiles;  // of 64 rows
+  int group;      // h_q / h_kv: query heads of a KV head
 };
 
 // Which half of the values, hence which warpgroup, releases the RoPE sub-tile of a buffer: the one
@@ -81,12 +81,9 @@ __device__ __forceinline__ int64_t lse_index(const KernelParams& kp, int request
 }
 
 __device__ __forceinline__ schedule::PieceWalk piece_walk(const KernelParams& kp, int part) {
-  return {kp.p.schedule,
-          part,
-          kp.p.cache_seqlens,
-          static_cast<int64_t>(kp.p.table_width) * kp.p.page_size,
-          kp.p.batch_invariant,
-          kp.p.slots_per_request};
+  return {kp.p.schedule,        part,
+          kp.p.cache_seqlens,   static_cast<int64_t>(kp.p.table_width) * kp.p.page_size,
+          kp.p.batch_invariant, kp.p.slots_per_request};
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -113,6 +110,7 @@ __device__ __forceinline__ void load_keys(const KernelParams& kp, const CUtensor
       // Entries past the length may hold anything and are not looked at.
       const int token = block * kTokens + lane * box;
       const bool used = lane < boxes && token < piece.length;
+      const int token_in_page = token % page_size;
       int page = 0;
       bool bad = piece.poison;
       if (used && !piece.poison) {
@@ -128,33 +126,34 @@ __device__ __forceinline__ void load_keys(const KernelParams& kp, const CUtensor
         ptx::mbarrier_wait(&smem.kv_empty[buffer][half], empty_parity >> buffer & 1);
         const int first = half * kSubTilesHalf;
         const bool with_rope = half == reader_of_p(buffer);
-        const int count = kSubTilesHalf + (with_rope ? 1 : 0);
-        if (block_is_bad) {
-          if (lane == 0) {
-            smem.block_is_bad[buffer] = 1;
-#pragma unroll 1
-            for (int i = 0; i < count; ++i) {
-              ptx::mbarrier_arrive(
-                  &smem.kv_full[buffer][i < kSubTilesHalf ? first + i : kLastSubTile]);
-            }
+        // The issuing lane is what bounds the kernel if it dawdles: no division, no shuffle and
+        // no branch between its copies.
+        if (lane == 0) {
+          smem.block_is_bad[buffer] = block_is_bad;
+          // No bytes to wait for if the block is bad.
+          const uint32_t expected = block_is_bad ? 0 : bytes;
+#pragma unroll
+          for (int i = 0; i < kSubTilesHalf; ++i) {
+            ptx::mbarrier_arrive_expect_tx(&smem.kv_full[buffer][first + i], expected);
           }
-          continue;
+          if (with_rope) {
+            ptx::mbarrier_arrive_expect_tx(&smem.kv_full[buffer][kLastSubTile], expected);
+          }
         }
-        if (lane == 0) smem.block_is_bad[buffer] = 0;
+        if (block_is_bad) continue;
 #pragma unroll 1
-        for (int i = 0; i < count; ++i) {
-          const int tile = i < kSubTilesHalf ? first + i : kLastSubTile;
-          uint64_t* full = &smem.kv_full[buffer][tile];
-          if (lane == 0) ptx::mbarrier_arrive_expect_tx(full, bytes);
-#pragma unroll 1
-          for (int b = 0; b < used_boxes; ++b) {
-            const int box_page = __shfl_sync(0xffffffff, page, b);
-            if (lane == 0) {
-              ptx::tma_load_4d(smem.kv[buffer][tile] + b * box * 128, map, full, policy,
-                               tile * kSubTileColumns, kv_head,
-                               (block * kTokens + b * box) % page_size, box_page);
-            }
-          }
+        for (int b = 0; b < used_boxes; ++b) {
+          const int box_page = __shfl_sync(0xffffffff, page, b);
+          const int box_token = __shfl_sync(0xffffffff, token_in_page, b);
+          if (lane != 0) continue;
+          const auto load = [&](int tile) {
+            ptx::tma_load_4d(smem.kv[buffer][tile] + b * box * 128, map,
+                             &smem.kv_full[buffer][tile], policy, tile * kSubTileColumns, kv_head,
+                             box_token, box_page);
+          };
+#pragma unroll
+          for (int i = 0; i < kSubTilesHalf; ++i) load(first + i);
+          if (with_rope) load(kLastSubTile);
         }
       }
       empty_parity ^= 1u << buffer;
@@ -164,8 +163,8 @@ __device__ __forceinline__ void load_keys(const KernelParams& kp, const CUtensor
 
 // Queries: gathered row by row, since the rows of one KV head are strided over query tokens.
 template <typename T>
-__device__ __forceinline__ void load_queries(const KernelParams& kp, SharedStorage& smem,
-                                             int part, int kv_head, int row_tile, int thread) {
+__device__ __forceinline__ void load_queries(const KernelParams& kp, SharedStorage& smem, int part,
+                                             int kv_head, int row_tile, int thread) {
   constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
   constexpr int kLoaders = kQueryLoaderWarps * 32;
   const uint32_t q_base = ptx::smem_address(smem.q);
@@ -260,7 +259,7 @@ class MathGroup {
     release_values<0>();
 
     if (has_odd) {
-      ptx::mbarrier_wait(&smem_.p_full[1], parity_[1]);
+      ptx::named_barrier_sync(kBarrierP + 1, kMathThreads);
       follow_max<1>();
       zero_values_past_end<1>(piece, block + 1);
       values_from_shared<1>();
@@ -280,7 +279,7 @@ class MathGroup {
     } else if (last) {
       release_queries();
     }
-    ptx::mbarrier_wait(&smem_.p_full[0], parity_[0]);
+    ptx::named_barrier_sync(kBarrierP + 0, kMathThreads);
     follow_max<0>();
     zero_values_past_end<0>(piece, block);
     wait_values<0>();
@@ -438,8 +437,7 @@ class MathGroup {
                        p[k][3]);
     }
     ptx::fence_proxy_async();
-    __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(&smem_.p_full[kBuffer]);
+    ptx::named_barrier_arrive(kBarrierP + kBuffer, kMathThreads);
   }
 
   // P is 0 past the end, but 0 x NaN is NaN: what lies there must not reach the product.
@@ -527,7 +525,7 @@ class MathGroup {
 
   __device__ __forceinline__ void finish_piece(const schedule::Piece& piece) {
     // The two warpgroups end with the same maximum; their sums are of different blocks.
-    float(&sums)[kMathGroups][kRows] = smem_.row_sum[piece_parity_];
+    float (&sums)[kMathGroups][kRows] = smem_.row_sum[piece_parity_];
     piece_parity_ ^= 1;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -623,7 +621,7 @@ class MathGroup {
   int row_tile_;
   int thread_;  // in the warpgroup
   int lane_;
-  int row_;     // of the tile: this thread's first row
+  int row_;  // of the tile: this thread's first row
 
   float out_[128];
   RowState state_;
@@ -648,8 +646,8 @@ __device__ __noinline__ void fill_nan(const KernelParams& kp, int kv_head, int r
   for (int request = part; request < kp.p.batch; request += kp.p.num_parts) {
     for (int i = threadIdx.x; i < count * (kDimV / 2); i += blockDim.x) {
       const RowIndex index = row_index(kp, kv_head, first_row + i / (kDimV / 2));
-      reinterpret_cast<uint32_t*>(kp.p.out)[out_row(kp, request, index) * (kDimV / 2) +
-                                            i % (kDimV / 2)] = nan_pair;
+      reinterpret_cast<uint32_t*>(
+          kp.p.out)[out_row(kp, request, index) * (kDimV / 2) + i % (kDimV / 2)] = nan_pair;
     }
     for (int i = threadIdx.x; i < count; i += blockDim.x) {
       kp.p.lse[lse_index(kp, request, row_index(kp, kv_head, first_row + i))] = NAN;
@@ -683,16 +681,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int half = 0; half < 2; ++half) {
         ptx::mbarrier_init(&smem.kv_empty[buffer][half], kWarpArrivals);
       }
-      ptx::mbarrier_init(&smem.p_full[buffer], kWarpArrivals);
     }
     ptx::fence_barrier_init();
   }
   const schedule::Expected expected{
       kp.p.batch, kp.row_tiles * kp.p.heads_kv, kp.p.num_parts,
       schedule::expected_stamp(kp.p.batch_invariant, /*sparse=*/false)};
-  const bool broken =
-      schedule::any_row_broken(kp.p.schedule, expected, threadIdx.x, kThreads);
-  if (__syncthreads_or(broken)) {
+  const bool broken = schedule::any_row_broken(kp.p.schedule, expected, threadIdx.x, kThreads);
+  const bool any_broken = __syncthreads_or(broken);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *kp.p.schedule_is_broken = any_broken;
+  if (any_broken) {
     fill_nan<T>(kp, kv_head, row_tile, part);
     return;
   }

@@ -17,9 +17,8 @@ Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
   kp.row_tiles = schedule::ceil_div(kp.rows, kRows);
 
   CUtensorMap k_map;
-  constexpr CUtensorMapDataType type = std::is_same_v<T, __half>
-                                           ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                           : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   if (Status status =
           encode_paged_cache(&k_map, params.k_cache, type, params.num_pages, params.page_size,
                              params.heads_kv, kDim, kSubTileColumns, box_tokens(params.page_size));
@@ -28,11 +27,10 @@ Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
   }
 
   auto* kernel = &dense_decode_kernel<T>;
-  FLASHMLA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  FLASHMLA_RETURN_IF_ERROR(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   // x alone reaches 2^31 - 1; y and z would stop at 65,535.
-  const int64_t ctas =
-      static_cast<int64_t>(kp.row_tiles) * params.heads_kv * params.num_parts;
+  const int64_t ctas = static_cast<int64_t>(kp.row_tiles) * params.heads_kv * params.num_parts;
   if (ctas > INT32_MAX) return {cudaErrorInvalidConfiguration, "grid of the attention kernel"};
   kernel<<<static_cast<unsigned>(ctas), kThreads, kSharedBytes, stream>>>(kp, k_map);
   FLASHMLA_RETURN_IF_ERROR(cudaGetLastError());
