@@ -9,8 +9,10 @@ from jax_flashmla.cache import offset_block_table as offset_block_table
 from jax_flashmla.cache import offset_slots as offset_slots
 from jax_flashmla.cache import slot_mapping as slot_mapping
 from jax_flashmla.cache import token_slots as token_slots
+from jax_flashmla.decode import flash_mla_with_kvcache as flash_mla_with_kvcache
 from jax_flashmla.metadata import get_mla_metadata as get_mla_metadata
 from jax_flashmla.quantization import dequantize_k_cache as dequantize_k_cache
 from jax_flashmla.quantization import dequantize_kv as dequantize_kv
 from jax_flashmla.quantization import quantize_k_cache as quantize_k_cache
 from jax_flashmla.quantization import quantize_kv as quantize_kv
+from jax_flashmla.sparse_prefill import flash_mla_sparse_fwd as flash_mla_sparse_fwd

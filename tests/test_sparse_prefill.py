@@ -44,7 +44,7 @@ def test_agrees_with_oracle(case):
 
 
 @given(data=st.data())
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 def test_agrees_with_oracle_on_any_shape(data):
     draw = data.draw
     d = draw(st.integers(1, 40))
@@ -176,8 +176,7 @@ def test_memory_of_a_long_prefill_is_bounded():
         shape((32768, 1, 576), jnp.bfloat16),
         shape((4096, 1, 2048), jnp.int32),
     ).compile()
-    # Padded or reshaped copies of inputs and results are 2 GB of this.
-    assert compiled.memory_analysis().temp_size_in_bytes < 3e9
+    assert compiled.memory_analysis().temp_size_in_bytes < 512e6
 
 
 # ------------------------------------------------------------------ vmap

@@ -254,6 +254,7 @@ def _sink_of_requests(sink: Array | None, b: int, h_q: int) -> Array:
 
 
 def _load_pages(cache: Array, pages: Array, cache_format: str, page_size: int, dtype: Any) -> Array:
+    pages, cache = online_softmax.in_this_step(pages, cache)
     loaded = quantization.gather_pages(
         cache, pages, cache_format=cache_format, page_size=page_size, dtype=_loaded_as(dtype)
     )
@@ -263,6 +264,7 @@ def _load_pages(cache: Array, pages: Array, cache_format: str, page_size: int, d
 def _load_tokens(
     cache: Array, slots: Array, cache_format: str, page_size: int, dtype: Any
 ) -> Array:
+    slots, cache = online_softmax.in_this_step(slots, cache)
     loaded = quantization.gather_tokens(
         cache, slots, cache_format=cache_format, page_size=page_size, dtype=_loaded_as(dtype)
     )

@@ -113,11 +113,25 @@ def map_chunks(
         return function(*arrays)
     size = -(-rows // chunks)
 
-    def split(array: Array, fill: Any) -> Array:
+    def pad(array: Array, fill: Any) -> Array:
         padding = [(0, chunks * size - rows)] + [(0, 0)] * (array.ndim - 1)
-        padded = jnp.pad(array, padding, constant_values=fill)
-        return padded.reshape(chunks, size, *array.shape[1:])
+        return jnp.pad(array, padding, constant_values=fill)
 
-    parts = tuple(split(a, f) for a, f in zip(arrays, fills, strict=True))
-    results = lax.map(lambda chunk: function(*chunk), parts)
+    padded = tuple(pad(a, f) for a, f in zip(arrays, fills, strict=True))
+
+    def one_chunk(number: Array) -> Any:
+        number, *whole = in_this_step(number, *padded)
+        return function(*(lax.dynamic_slice_in_dim(a, number * size, size) for a in whole))
+
+    results = lax.map(one_chunk, jnp.arange(chunks, dtype=jnp.int32))
     return jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:])[:rows], results)
+
+
+def in_this_step(position: Array, *arrays: Array) -> tuple[Array, ...]:
+    """``position`` and ``arrays``, to be read at that position in a step of a loop.
+
+    XLA on CPU up to jaxlib 0.10 has no bfloat16 reads: it converts what is read to float32, which
+    is fused into the read, unless it does not change from step to step and leaves the loop: then
+    the whole cache is converted. So make it seem to depend on the position.
+    """
+    return lax.optimization_barrier((position, *arrays))

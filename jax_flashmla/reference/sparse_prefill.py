@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_flashmla.reference import online_softmax
 from jax_flashmla.reference.sparse import Source, attend
 
 Array = jax.Array
@@ -34,17 +35,14 @@ def sparse_prefill(
         length = jnp.full(s_q, indices.shape[2], jnp.int32)
     if sink is None:
         sink = jnp.full((s_q, h_q), -jnp.inf, jnp.float32)
-    rows = kv[:, 0]
+
+    def load(slots: Array) -> Array:
+        slots, rows = online_softmax.in_this_step(slots, kv)
+        return jnp.take(rows[:, 0], slots, axis=0, mode="clip").astype(jnp.float32)
+
     return attend(
         q,
-        [
-            Source(
-                lambda slots: jnp.take(rows, slots, axis=0, mode="clip").astype(jnp.float32),
-                indices[:, 0],
-                length,
-                kv.shape[0],
-            )
-        ],
+        [Source(load, indices[:, 0], length, kv.shape[0])],
         scale=sm_scale,
         head_dim_v=d_v,
         sink=jnp.broadcast_to(sink, (s_q, h_q)),
