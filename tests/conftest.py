@@ -55,6 +55,14 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """With pytest-xdist the workers collect, each everything, and the controller reports."""
+    output = getattr(node, "workeroutput", {})
+    if "gpu_deselected" in output:
+        node.config.stash[_deselected] = tuple(output["gpu_deselected"])
+
+
 def pytest_terminal_summary(terminalreporter, config):
     count, reason = config.stash.get(_deselected, (0, ""))
     if count:
@@ -67,6 +75,11 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["gpu_deselected"] = session.config.stash.get(
+            _deselected, (0, "")
+        )
+        return
     if not session.config.getoption("--require-gpu"):
         return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
