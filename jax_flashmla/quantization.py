@@ -142,7 +142,14 @@ def page_size_of(num_bytes: int) -> int:
 
 
 def _float32_bits(x: Array) -> Array:
-    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    if x.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(x, jnp.int16).astype(jnp.int32) << 16
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    if x.dtype == jnp.float16:
+        # GPUs drop the sign of a NaN in this conversion.
+        negative = lax.bitcast_convert_type(x, jnp.int16) < 0
+        bits = (bits & 0x7FFFFFFF) | jnp.where(negative, jnp.int32(-(2**31)), 0)
+    return bits
 
 
 def _from_bits(bits: Array) -> Array:
