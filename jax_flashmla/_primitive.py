@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src.core import ShardingTypeError
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
@@ -236,23 +237,49 @@ def _batch(op, arrays, axes, *, names, static, implementation):
         n: a if axis is None else jnp.moveaxis(a, axis, 0)
         for n, a, axis in zip(names, arrays, axes, strict=True)
     }
-    if op.fold is not None:
-        kept = {n: a for n, a in moved.items() if n not in op.drop_when_split}
-        flags = {n: n in kept and batched.get(n, False) for n in op.operands}
-        folded = op.fold(op.complete(kept), flags, size, dict(static))
-        if folded is not None:
-            operands, parameters, unfold = folded
-            present = {n: a for n, a in op.complete(operands).items() if a is not None}
-            results = _bind(op, present, tuple(sorted(parameters.items())), implementation)
-            return tuple(unfold(results)), (0,) * len(op.results)
+    try:
+        results = _folded(op, moved, batched, size, static, implementation)
+    except ShardingTypeError:
+        # Explicit axes: requests are sharded and the vmapped axis before them is not, so the two do
+        # not become one axis without moving data. A loop takes the axis as it lies.
+        results = None
+    if results is None:
+        results = _looped(op, moved, batched, names, static, implementation)
+    return results, (0,) * len(op.results)
+
+
+def _folded(op, moved, batched, size, static, implementation) -> tuple[Array, ...] | None:
+    """One call for all entries of the vmapped axis, if the operation can."""
+    if op.fold is None:
+        return None
+    kept = {n: a for n, a in moved.items() if n not in op.drop_when_split}
+    flags = {n: n in kept and batched.get(n, False) for n in op.operands}
+    folded = op.fold(op.complete(kept), flags, size, dict(static))
+    if folded is None:
+        return None
+    operands, parameters, unfold = folded
+    present = {n: a for n, a in op.complete(operands).items() if a is not None}
+    results = _bind(op, present, tuple(sorted(parameters.items())), implementation)
+    return tuple(unfold(results))
+
+
+def _looped(op, moved, batched, names, static, implementation) -> tuple[Array, ...]:
+    """One call after the other."""
+    scanned = {n: a for n, a in moved.items() if batched[n]}
+    for name, array in scanned.items():
+        if _axes_of(jax.typeof(array).sharding.spec, array.ndim)[0]:
+            raise NotImplementedError(
+                f"{op.name}: vmap over an axis of '{name}' that is sharded over explicit mesh axes "
+                f"({jax.typeof(array)}) does not work for these operands; reshard it so that the "
+                "vmapped axis is replicated, or use jax.shard_map"
+            )
 
     # Operands without the axis are closed over: the loop reads them in place.
     def one(entries):
         merged = {n: entries.get(n, moved[n]) for n in names}
         return _bind(op, merged, static, implementation)
 
-    results = jax.lax.map(one, {n: a for n, a in moved.items() if batched[n]})
-    return results, (0,) * len(op.results)
+    return jax.lax.map(one, scanned)
 
 
 # ------------------------------------------------------------------ lowering
@@ -404,16 +431,23 @@ def _divide(op, present, specs, mesh_shape, *, explicit, results=()) -> _Divisio
                 taken.update(axes)
                 break
     for follower, leader in op.follows.items():
-        if leader not in chosen or sizes.get(follower, 1) == 1:
+        if leader not in chosen or follower not in sizes:
             continue
         devices = math.prod(mesh_shape[a] for a in chosen[leader])
+        if sizes[follower] == 1:
+            if any(follower in op.dims[name].split() for name in op.results):
+                raise ValueError(
+                    f"{op.name}: dimension '{leader}' is sharded over {devices} devices, but a "
+                    f"result has the dimension '{follower}' of size 1 and sums over all of "
+                    f"'{leader}'; use jax.shard_map"
+                )
+            continue
         if sizes[follower] % devices:
             raise ValueError(
                 f"{op.name}: dimension '{leader}' of size {sizes[leader]} is sharded over "
                 f"{devices} devices, which do not divide dimension '{follower}' of size "
-                f"{sizes[follower]}; "
-                f"shard it over mesh axes whose sizes divide {sizes[follower]}, or use "
-                "jax.shard_map"
+                f"{sizes[follower]}; shard it over mesh axes whose sizes divide "
+                f"{sizes[follower]}, or use jax.shard_map"
             )
         chosen[follower] = chosen[leader]
 

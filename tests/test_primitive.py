@@ -526,6 +526,24 @@ def test_explicit_axes_under_vmap(operands):
         check([r[i] for r in got], expected(**dict(operands, q=np.asarray(values["q"][i]))))
 
 
+def test_explicit_axes_on_the_vmapped_axis(operands):
+    mesh = explicit_mesh()
+    stacked = with_axis(operands, ["q"], 2)
+    with jax.set_mesh(mesh):
+        # Folds to one axis over y and x, and back.
+        values = place(mesh, stacked, q=("y", "x"))
+        got = jax.jit(vmapped(["q"], LOOKUP))(values)
+        assert jax.typeof(got[0]).sharding.spec == P("y", "x", None, None)
+        for i in range(2):
+            check([np.asarray(r)[i] for r in got], expected(**dict(operands, q=stacked["q"][i])))
+        # Cannot: the requests of the table are sharded, but it has no vmapped axis.
+        values = place(mesh, stacked, q=("y", "x"), table=("x",))
+        with pytest.raises(NotImplementedError, match="toy_lookup: vmap over an axis of 'q'"):
+            jax.jit(vmapped(["q"], LOOKUP))(values)
+        with pytest.raises(NotImplementedError, match="toy_lookup: vmap over an axis of 'q'"):
+            jax.jit(vmapped(["q"], LOOKUP_LOOP))(values)
+
+
 # ------------------------------------------------------------------ shard_map
 
 MANUAL = dict(
@@ -672,6 +690,25 @@ def test_more_devices_than_key_heads_raise_with_advice():
             ValueError, match="toy_grouped: dimension 'h' .* dimension 'k' of size 2"
         ):
             jax.jit(lambda q, k: GROUPED({"q": q, "k": k}, implementation=None))(q, k)
+
+
+def test_sums_over_split_heads_raise_with_advice():
+    summed = Operation(
+        name="toy_summed",
+        operands=("q", "k"),
+        results=("out",),
+        abstract=lambda operands: (jax.ShapeDtypeStruct(operands["k"].shape, jnp.float32),),
+        reference=lambda operands: (operands["k"] * operands["q"].sum(),),
+        dims={"q": "t h d", "k": "s k d", "out": "s k d"},
+        split=("h",),
+        follows={"k": "h"},
+    )
+    mesh = explicit_mesh((2,), ("x",))
+    with jax.set_mesh(mesh):
+        q = jax.device_put(np.ones((3, 8, 2), np.float32), NamedSharding(mesh, P(None, "x")))
+        k = np.ones((5, 1, 2), np.float32)
+        with pytest.raises(ValueError, match="toy_summed: .* sums over all of 'h'.*shard_map"):
+            jax.jit(lambda q, k: summed({"q": q, "k": k}, implementation=None))(q, k)
 
 
 # ------------------------------------------------------------------ explain
