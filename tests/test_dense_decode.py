@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_flashmla.cache import PagedKVCache
-from jax_flashmla.decode import flash_mla_with_kvcache
+from jax_flashmla.decode import dense_operation, flash_mla_with_kvcache
 from jax_flashmla.metadata import get_mla_metadata
+from jax_flashmla.reference import decode as reference
 
 STATIC = (
     "head_dim_v",
@@ -416,6 +417,33 @@ def test_result_does_not_depend_on_capacity():
     wide = np.full((2, 2**20 // 64), cases.GARBAGE, np.int32)
     wide[:, :3] = inputs.block_table
     check(inputs, run(inputs.call(), block_table=wide))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+def test_any_chunks_and_blocks(monkeypatch, limit):
+    """Whatever the sizes of temporary arrays: 5 requests in chunks, pages one by one or a few."""
+    case = cases.DenseCase(
+        "chunks", 5, 0, 2, s_q=2, d=16, dv=8, page_size=4, causal=True, lengths=(9, 0, 21, 1, 16)
+    )
+    inputs = cases.build(dataclasses.replace(case, dtype="float32", attn_sink=True))
+    monkeypatch.setattr(reference, "_ACCUMULATORS", limit * 4 * case.dv)
+    monkeypatch.setattr(reference, "_MAX_TOKENS", 4 * limit)
+    call = inputs.call()
+    operands = dict.fromkeys(dense_operation.operands)
+    operands |= {name: jnp.asarray(call[name]) for name in operands.keys() & call.keys()}
+    got = jax.jit(
+        lambda operands: reference.dense_decode(
+            operands,
+            head_dim_v=case.dv,
+            softmax_scale=case.softmax_scale,
+            causal=True,
+            cache_format="plain",
+            page_size=case.page_size,
+            batch_invariant=False,
+            num_sm_parts=None,
+        )
+    )(operands)
+    check(inputs, tuple(map(np.asarray, got)))
 
 
 @pytest.mark.parametrize("causal", [False, True])

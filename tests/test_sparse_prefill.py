@@ -13,8 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jax_flashmla.reference import sparse
+from jax_flashmla.reference import sparse_prefill as reference
 from jax_flashmla.sparse_prefill import flash_mla_sparse_fwd
 
+OPERANDS = ("q", "kv", "indices", "attn_sink", "topk_length")
 RESULTS = ("out", "max_logits", "lse")
 prefill = functools.partial(
     jax.jit(flash_mla_sparse_fwd, static_argnames=("sm_scale", "d_v", "implementation")),
@@ -167,6 +170,19 @@ def test_sizes_of_zero(small, empty):
     check(inputs, got)
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+def test_any_chunks_and_blocks(monkeypatch, small, clean, limit):
+    """Whatever the sizes of temporary arrays: 5 query tokens in chunks, a few indices at a time."""
+    monkeypatch.setattr(sparse, "_ACCUMULATORS", limit * SMALL.h_q * SMALL.dv)
+    monkeypatch.setattr(sparse, "_MAX_TOKENS", 2 * limit + 1)
+    call = small.call()
+    operands = {name: None if call[name] is None else jnp.asarray(call[name]) for name in OPERANDS}
+    got = jax.jit(
+        lambda operands: reference.sparse_prefill(operands, sm_scale=SMALL.sm_scale, d_v=SMALL.dv)
+    )(operands)
+    check(small, tuple(map(np.asarray, got)))
+
+
 def test_memory_of_a_long_prefill_is_bounded():
     """4096 query tokens, 128 heads: 1 GB of float32 results at once, 19 GB of gathered rows."""
     shape = jax.ShapeDtypeStruct
@@ -180,8 +196,6 @@ def test_memory_of_a_long_prefill_is_bounded():
 
 
 # ------------------------------------------------------------------ vmap
-
-OPERANDS = ("q", "kv", "indices", "attn_sink", "topk_length")
 
 
 @pytest.fixture(scope="module")
