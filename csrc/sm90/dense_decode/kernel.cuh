@@ -39,6 +39,7 @@ struct SharedStorage {
   uint64_t q_empty;
   uint64_t kv_full[kBuffers][kSubTiles];
   uint64_t kv_empty[kBuffers][2];  // [.][h]: the value half of warpgroup h
+  uint64_t p_full[kBuffers];       // P of the block in the buffer, and its row_max
 };
 
 constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;  // slack to align the base
@@ -49,7 +50,6 @@ constexpr int kWarpArrivals = 4;  // one lane of each warp of a warpgroup
 // Named barriers.
 constexpr int kBarrierMath = 1;       // both math warpgroups
 constexpr int kBarrierMathGroup = 2;  // + warpgroup index
-constexpr int kBarrierP = 4;          // + buffer: P of its block, and row_max, have been stored
 
 struct KernelParams {
   DenseDecodeParams p;
@@ -259,7 +259,7 @@ class MathGroup {
     release_values<0>();
 
     if (has_odd) {
-      ptx::named_barrier_sync(kBarrierP + 1, kMathThreads);
+      ptx::mbarrier_wait(&smem_.p_full[1], parity_[1]);
       follow_max<1>();
       zero_values_past_end<1>(piece, block + 1);
       values_from_shared<1>();
@@ -279,7 +279,7 @@ class MathGroup {
     } else if (last) {
       release_queries();
     }
-    ptx::named_barrier_sync(kBarrierP + 0, kMathThreads);
+    ptx::mbarrier_wait(&smem_.p_full[0], parity_[0]);
     follow_max<0>();
     zero_values_past_end<0>(piece, block);
     wait_values<0>();
@@ -354,7 +354,9 @@ class MathGroup {
         if (token >= visible_tokens_[i / 2 % 2]) s[i] = -INFINITY;
       }
     }
-    if (smem_.block_is_bad[kBuffer] != 0) {
+    // Read by the lane that later releases the buffer.
+    const int bad = lane_ == 0 ? smem_.block_is_bad[kBuffer] : 0;
+    if (__shfl_sync(0xffffffff, bad, 0) != 0) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) s[i] = NAN;
     }
@@ -437,7 +439,7 @@ class MathGroup {
                        p[k][3]);
     }
     ptx::fence_proxy_async();
-    ptx::named_barrier_arrive(kBarrierP + kBuffer, kMathThreads);
+    ptx::mbarrier_arrive(&smem_.p_full[kBuffer]);
   }
 
   // P is 0 past the end, but 0 x NaN is NaN: what lies there must not reach the product.
@@ -678,6 +680,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int tile = 0; tile < kSubTiles; ++tile) {
         ptx::mbarrier_init(&smem.kv_full[buffer][tile], 1);
       }
+      ptx::mbarrier_init(&smem.p_full[buffer], 128);
       for (int half = 0; half < 2; ++half) {
         ptx::mbarrier_init(&smem.kv_empty[buffer][half], kWarpArrivals);
       }
