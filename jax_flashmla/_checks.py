@@ -79,7 +79,7 @@ def check_bool(op: str, name: str, value: Any) -> bool:
 
 
 def check_int(op: str, name: str, value: Any, minimum: int | None = None) -> int:
-    """Returns ``value`` as int; it must be a static Python or numpy integer, at least ``minimum``."""
+    """Returns ``value`` as int: a static Python or numpy integer of at least ``minimum``."""
     bound = "" if minimum is None else f" >= {minimum}"
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise ValueError(

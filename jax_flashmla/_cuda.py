@@ -59,7 +59,7 @@ def metadata(
             batch_invariant=np.bool_(batch_invariant),
             sparse=np.bool_(sparse),
             default_length=np.int32(topk or 0),
-            max_length=np.int32(topk if sparse else -1),
+            max_length=np.int32(-1 if topk is None else topk),
             extra_default_length=np.int32(extra_topk or 0),
             extra_max_length=np.int32(extra_topk or 0),
         )

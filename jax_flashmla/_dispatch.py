@@ -184,7 +184,7 @@ def explain_call(
     def traced(*arrays):
         rest = iter(arrays)
         merged = [next(rest) if d else x for x, d in zip(leaves, dynamic, strict=True)]
-        merged_args, merged_kwargs = tree.unflatten(merged)
+        merged_args, merged_kwargs = jax.tree.unflatten(tree, merged)
         return function(*merged_args, **merged_kwargs)
 
     with recording() as calls:

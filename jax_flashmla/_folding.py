@@ -111,7 +111,9 @@ def fold_dense_decode(
     )
     if cache is None:
         return None
-    folded = {name: merge(operands[name], batched[name], size) for name in ("q", "cache_seqlens")}
+    folded: dict[str, Any] = {
+        name: merge(operands[name], batched[name], size) for name in ("q", "cache_seqlens")
+    }
     folded["k_cache"], folded["block_table"] = cache
     folded["attn_sink"] = fold_sink(operands["attn_sink"], batched["attn_sink"], size, b)
     return folded, static, unfold_to(size, b)
@@ -138,24 +140,4 @@ def fold_sparse_decode(
         if operands[lengths] is not None:
             folded[lengths] = merge(operands[lengths], batched[lengths], size)
     folded["attn_sink"] = fold_sink(operands["attn_sink"], batched["attn_sink"], size, b)
-    return folded, static, unfold_to(size, b)
-
-
-def fold_sparse_prefill(
-    operands: Operands, batched: dict[str, bool], size: int, static: dict[str, Any]
-) -> Folded:
-    """``Operation.fold`` of sparse prefill: query tokens are its batch, kv [s_kv, 1, d] a cache."""
-    if batched["attn_sink"]:
-        return None  # one sink for all query tokens of a call
-    cache = fold_cache(
-        operands["kv"], batched["kv"], operands["indices"], batched["indices"], size, 1
-    )
-    if cache is None:
-        return None
-    b = operands["q"].shape[batched["q"]]
-    folded: Operands = {"q": merge(operands["q"], batched["q"], size)}
-    folded["kv"], folded["indices"] = cache
-    folded["attn_sink"] = operands["attn_sink"]
-    if operands["topk_length"] is not None:
-        folded["topk_length"] = merge(operands["topk_length"], batched["topk_length"], size)
     return folded, static, unfold_to(size, b)

@@ -289,14 +289,15 @@ def _choose(op, for_cuda, present, static, implementation):
     """The function that computes this call: ``op.cuda`` or ``op.reference``."""
     if implementation == "xla" or (implementation is None and not for_cuda):
         return op.reference
-    if not for_cuda:
-        reason = "this computation is lowered for a platform that is not CUDA"
-    elif (reason := op.declines(present, static)) is None:
-        reason = missing = _dispatch.kernels_missing()
-        if missing is None:
-            return op.cuda
-        if implementation is None:
-            _dispatch.warn_fallback(missing)
+    reason: str | None = "this computation is lowered for a platform that is not CUDA"
+    if for_cuda:
+        reason = op.declines(present, static)
+        if reason is None:
+            reason = _dispatch.kernels_missing()
+            if reason is None:
+                return op.cuda
+            if implementation is None:
+                _dispatch.warn_fallback(reason)
     if implementation == "cuda":
         raise NotImplementedError(f"{op.name}: implementation='cuda' declines: {reason}")
     return op.reference

@@ -153,12 +153,12 @@ def get_mla_metadata(
             batch_size = _check_lengths(name, value, batch_size)
 
     if topk is None:
-        for name, value in (
+        for name, sparse_only in (
             ("topk_length", topk_length),
             ("extra_topk", extra_topk),
             ("extra_topk_length", extra_topk_length),
         ):
-            if value is not None:
+            if sparse_only is not None:
                 raise ValueError(
                     f"{_NAME}: argument '{name}' is given without 'topk'; "
                     "expected None for dense attention"
