@@ -400,10 +400,14 @@ def _divide(op, present, specs, mesh_shape, *, explicit, results=()) -> _Divisio
     sizes: dict[str, int] = {}
     wishes: dict[str, list[tuple[str, Axes]]] = {}  # split dimension -> (operand, mesh axes)
 
+    def several(axes: Axes) -> Axes:
+        return tuple(a for a in axes if mesh_shape[a] > 1)
+
     def collect(name, shape, axes):
-        for letter, size, wish in zip(op.letters(name, len(shape)), shape, axes, strict=True):
+        for letter, size, found in zip(op.letters(name, len(shape)), shape, axes, strict=True):
             sizes.setdefault(letter, size)
             leader = op.follows.get(letter, letter)
+            wish = several(found)
             if wish and leader in op.split:
                 wishes.setdefault(leader, []).append((name, wish))
 
@@ -427,7 +431,7 @@ def _divide(op, present, specs, mesh_shape, *, explicit, results=()) -> _Divisio
             )
         for _, axes in wishes.get(letter, ()):
             devices = math.prod(mesh_shape[a] for a in axes)
-            if devices > 1 and sizes[letter] % devices == 0 and not taken.intersection(axes):
+            if sizes[letter] % devices == 0 and not taken.intersection(axes):
                 chosen[letter] = axes
                 taken.update(axes)
                 break
@@ -458,10 +462,11 @@ def _divide(op, present, specs, mesh_shape, *, explicit, results=()) -> _Divisio
             continue
         shape = tuple(present[name].shape)
         allowed = division.axes_of(name, shape)
-        for letter, size, have, may in zip(
+        for letter, size, found, may in zip(
             op.letters(name, len(shape)), shape, specs[name], allowed, strict=True
         ):
-            if have not in ((), may) and math.prod(mesh_shape[a] for a in have) > 1:
+            have = several(found)
+            if have not in ((), may):
                 raise ValueError(
                     f"{op.name}: '{name}' of shape {shape} is sharded over mesh axes {have} along "
                     f"dimension '{letter}' of size {size}, and would be gathered whole on every "

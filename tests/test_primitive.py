@@ -449,6 +449,25 @@ def test_sharded_call_inside_a_loop(operands):
     np.testing.assert_allclose(got, expected(**dict(operands, q=first))[0], rtol=1e-5, atol=1e-5)
 
 
+def test_results_that_are_asked_for_split(operands):
+    mesh = automatic_mesh()
+    values = place(mesh, operands)
+    shardings = NamedSharding(mesh, P("x", "y")), NamedSharding(mesh, P("y", "x"))
+    jitted = jax.jit(lookup, out_shardings=shardings)
+    compiled = jitted.lower(**values).compile()
+    assert not collectives(compiled)
+    assert "f32[2,2,6]" in compiled.as_text()  # one device's part
+    check(compiled(**values), expected(**operands))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_mesh_axes_of_one_device_do_not_count(operands, kind):
+    mesh = make_mesh((8, 1), ("x", "y"), kind)
+    values = place(mesh, operands, q=("x",), cache=("y",), table=("y",), sink=("y",))
+    with jax.set_mesh(mesh):
+        check(jax.jit(lookup)(**values), expected(**operands))
+
+
 def test_plan_is_dropped_when_split_and_kept_when_not(operands):
     mesh = automatic_mesh()
     wrong, right = np.array([2]), np.array([8])  # of one device's batch, of the whole batch

@@ -398,7 +398,7 @@ def place(mesh, operands, specs):
     return {n: jax.device_put(v, NamedSharding(mesh, specs[n])) for n, v in operands.items()}
 
 
-SPLITS = {"batch": ("x", None), "heads": (None, "y"), "both": ("x", "y"), "two": (("x", "y"), None)}
+SPLITS = {"batch": ("x", None), "heads": (None, "y"), "both": ("x", "y")}
 
 
 def collectives(compiled):
@@ -559,9 +559,9 @@ def test_shard_map_over_pages_merges_through_lse():
 
 @pytest.mark.parametrize("spec", [P(None, "x"), P("y"), P("y", "x")], ids=str)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
-@pytest.mark.parametrize("call", CALLS)
-def test_vmap_of_sharded_requests(call, kind, spec):
-    function, make = CALLS[call]
+def test_vmap_of_sharded_requests(kind, spec):
+    # Any operation will do where nothing depends on it: the sparse one has most operands.
+    function, make = CALLS["dense" if kind == "auto" else "sparse"]
     operands = stack(make, PER_REQUEST, 2)
     mesh = make_mesh(AxisType.Auto if kind == "auto" else AxisType.Explicit)
     specs = {n: spec if n in PER_REQUEST else P() for n in operands}
