@@ -77,15 +77,16 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }
 
-// One box of a rank-4 tensor map to shared memory; completes `barrier` by the bytes of the box.
-__device__ __forceinline__ void tma_load_4d(void* destination, const CUtensorMap* map,
+// One box of a rank-5 tensor map to shared memory; completes `barrier` by the bytes of the box.
+__device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap* map,
                                             uint64_t* barrier, uint64_t policy, int c0, int c1,
-                                            int c2, int c3) {
+                                            int c2, int c3, int c4) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(smem_address(destination)),
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(
+          smem_address(destination)),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2),
-      "r"(c3), "l"(policy)
+      "r"(c3), "r"(c4), "l"(policy)
       : "memory");
 }
 

@@ -22,26 +22,29 @@ inline Status tensor_map_encoder(decltype(&cuTensorMapEncodeTiled)* encoder) {
   return {};
 }
 
-// A paged cache [pages, page_size, heads, dim] of 16-bit elements, read in 128-byte-swizzled boxes
-// of box_columns x box_tokens elements of one head and page. Coordinates: column, head, token,
-// page.
+// A paged cache [pages, page_size, heads, dim] of 16-bit elements, seen as 64-column sub-tiles and
+// read in 128-byte-swizzled boxes: 64 columns x box_tokens x box_sub_tiles of one head and page, in
+// shared memory sub-tile after sub-tile. Coordinates: column in the sub-tile, token in the page,
+// sub-tile, head, page.
 inline Status encode_paged_cache(CUtensorMap* map, const void* cache, CUtensorMapDataType type,
-                                 int pages, int page_size, int heads, int dim, int box_columns,
-                                 int box_tokens) {
+                                 int pages, int page_size, int heads, int dim, int box_tokens,
+                                 int box_sub_tiles) {
   decltype(&cuTensorMapEncodeTiled) encode = nullptr;
   if (Status status = tensor_map_encoder(&encode); !status.ok()) return status;
+  constexpr cuuint64_t kColumns = 64;
   constexpr cuuint64_t kElementBytes = 2;
+  const auto size = [](int n) { return static_cast<cuuint64_t>(n); };
+  const cuuint64_t row_bytes = size(dim) * kElementBytes;
   // An empty cache has no page to address, and no box of it is ever asked for.
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(dim), static_cast<cuuint64_t>(heads),
-                               static_cast<cuuint64_t>(page_size),
-                               static_cast<cuuint64_t>(pages > 0 ? pages : 1)};
-  const cuuint64_t strides[3] = {sizes[0] * kElementBytes, sizes[0] * sizes[1] * kElementBytes,
-                                 sizes[0] * sizes[1] * sizes[2] * kElementBytes};
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(box_columns), 1,
-                             static_cast<cuuint32_t>(box_tokens), 1};
-  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
+  const cuuint64_t sizes[5] = {kColumns, size(page_size), size(dim) / kColumns, size(heads),
+                               size(pages > 0 ? pages : 1)};
+  const cuuint64_t strides[4] = {size(heads) * row_bytes, kColumns * kElementBytes, row_bytes,
+                                 size(page_size) * size(heads) * row_bytes};
+  const cuuint32_t box[5] = {static_cast<cuuint32_t>(kColumns), static_cast<cuuint32_t>(box_tokens),
+                             static_cast<cuuint32_t>(box_sub_tiles), 1, 1};
+  const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
   const CUresult result =
-      encode(map, type, 4, const_cast<void*>(cache), sizes, strides, box, element_strides,
+      encode(map, type, 5, const_cast<void*>(cache), sizes, strides, box, element_strides,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {

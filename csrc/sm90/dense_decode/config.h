@@ -17,6 +17,14 @@ constexpr int kSubTilesHalf = kDimV / kSubTileColumns / 2;  // value sub-tiles o
 constexpr int kSubTileBytes = kRows * kSubTileColumns * 2;
 constexpr int kLastSubTile = kSubTiles - 1;
 constexpr int kBuffers = 2;
+// Sub-tiles that one copy-engine instruction brings, and one barrier announces. Issuing a copy
+// costs the issuing lane 140 clocks and more, so small ones make it the bottleneck; with large ones
+// the first scores start later.
+constexpr int kSubTilesPerCopy = 4;
+constexpr int kCopiesHalf = kSubTilesHalf / kSubTilesPerCopy;
+constexpr int kCopies = 2 * kCopiesHalf + 1;  // the last one brings the RoPE sub-tile
+constexpr int kLastCopy = kCopies - 1;
+static_assert(kSubTilesHalf % kSubTilesPerCopy == 0);
 
 static_assert(kRows == kTokens, "query and key sub-tiles, and P, share one size");
 static_assert(kSubTiles * kSubTileColumns == kDim);
@@ -26,7 +34,9 @@ static_assert(2 * kSubTilesHalf + 1 == kSubTiles,
 constexpr int kMathGroups = 2;
 constexpr int kMathThreads = kMathGroups * 128;
 constexpr int kThreads = kMathThreads + 128;  // the third warpgroup loads
-constexpr int kQueryLoaderWarps = 3;          // its first warp loads keys, the others queries
+constexpr int kKeyLoaderWarps = kBuffers;     // of its four warps, one for each key buffer;
+constexpr int kQueryLoaderWarps = 2;          // the others load queries
+static_assert(kKeyLoaderWarps + kQueryLoaderWarps == 4);
 
 // 2 x 128 x 224 + 128 x 56 registers of 65,536.
 constexpr int kMathRegisters = 224;

@@ -37,7 +37,7 @@ struct SharedStorage {
 
   uint64_t q_full;
   uint64_t q_empty;
-  uint64_t kv_full[kBuffers][kSubTiles];
+  uint64_t kv_full[kBuffers][kCopies];
   uint64_t kv_empty[kBuffers][2];  // [.][h]: the value half of warpgroup h
   uint64_t p_full[kBuffers];       // P of the block in the buffer, and its row_max
 };
@@ -56,6 +56,12 @@ struct KernelParams {
   int rows;       // s_q * h_q / h_kv: rows of one request and KV head
   int row_tiles;  // of 64 rows
   int group;      // h_q / h_kv: query heads of a KV head
+};
+
+// Tensor maps of the cache. Boxes of one sub-tile, or, for pages of whole blocks, of one copy.
+struct KeyMaps {
+  CUtensorMap copy;
+  CUtensorMap sub_tile;
 };
 
 // Which half of the values, hence which warpgroup, releases the RoPE sub-tile of a buffer: the one
@@ -90,23 +96,23 @@ __device__ __forceinline__ schedule::PieceWalk piece_walk(const KernelParams& kp
 // Loading warps
 // ---------------------------------------------------------------------------------------------
 
-// Keys: one warp looks up pages (a lane a box) and one lane feeds the copy engine.
-__device__ __forceinline__ void load_keys(const KernelParams& kp, const CUtensorMap* map,
-                                          SharedStorage& smem, int part, int kv_head, int lane) {
+// Keys: each buffer has a warp of its own, so that waiting for one does not hold up the other. The
+// lanes look up pages, one lane feeds the copy engine.
+__device__ __forceinline__ void load_keys(const KernelParams& kp, const KeyMaps& maps,
+                                          SharedStorage& smem, int buffer, int part, int kv_head,
+                                          int lane) {
   const int page_size = kp.p.page_size;
   const int box = box_tokens(page_size);
   const int boxes = kTokens / box;
   const uint64_t policy = ptx::evict_first_policy();
-  uint32_t empty_parity = 3;  // bit i: buffer i. A fresh barrier lets the first wait pass
+  uint32_t empty_parity = 1;  // a fresh barrier lets the first wait pass
 
   schedule::PieceWalk walk = piece_walk(kp, part);
   schedule::Piece piece;
   while (walk.next(piece)) {
     const int32_t* table =
         kp.p.block_table + static_cast<int64_t>(piece.request) * kp.p.table_width;
-    for (int block = piece.first_block; block < piece.end_block; ++block) {
-      const int buffer = (block - piece.first_block) & 1;
-
+    for (int block = piece.first_block + buffer; block < piece.end_block; block += kBuffers) {
       // Entries past the length may hold anything and are not looked at.
       const int token = block * kTokens + lane * box;
       const bool used = lane < boxes && token < piece.length;
@@ -119,44 +125,53 @@ __device__ __forceinline__ void load_keys(const KernelParams& kp, const CUtensor
       }
       const bool block_is_bad = __any_sync(0xffffffff, bad);
       const int used_boxes = __popc(__ballot_sync(0xffffffff, used));
-      const uint32_t bytes = used_boxes * box * kSubTileColumns * 2;
+      // Bytes of one sub-tile; none to wait for if the block is bad.
+      const uint32_t bytes = block_is_bad ? 0 : used_boxes * box * kSubTileColumns * 2;
 
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
-        ptx::mbarrier_wait(&smem.kv_empty[buffer][half], empty_parity >> buffer & 1);
-        const int first = half * kSubTilesHalf;
+        ptx::mbarrier_wait(&smem.kv_empty[buffer][half], empty_parity);
+        const int first = half * kCopiesHalf;
         const bool with_rope = half == reader_of_p(buffer);
-        // The issuing lane is what bounds the kernel if it dawdles: no division, no shuffle and
-        // no branch between its copies.
+        uint64_t* full = smem.kv_full[buffer];
         if (lane == 0) {
           smem.block_is_bad[buffer] = block_is_bad;
-          // No bytes to wait for if the block is bad.
-          const uint32_t expected = block_is_bad ? 0 : bytes;
 #pragma unroll
-          for (int i = 0; i < kSubTilesHalf; ++i) {
-            ptx::mbarrier_arrive_expect_tx(&smem.kv_full[buffer][first + i], expected);
+          for (int i = 0; i < kCopiesHalf; ++i) {
+            ptx::mbarrier_arrive_expect_tx(&full[first + i], kSubTilesPerCopy * bytes);
           }
-          if (with_rope) {
-            ptx::mbarrier_arrive_expect_tx(&smem.kv_full[buffer][kLastSubTile], expected);
-          }
+          if (with_rope) ptx::mbarrier_arrive_expect_tx(&full[kLastCopy], bytes);
         }
         if (block_is_bad) continue;
+        if (boxes == 1) {
+          if (lane != 0) continue;
+#pragma unroll
+          for (int i = 0; i < kCopiesHalf; ++i) {
+            const int tile = (first + i) * kSubTilesPerCopy;
+            ptx::tma_load_5d(smem.kv[buffer][tile], &maps.copy, &full[first + i], policy, 0,
+                             token_in_page, tile, kv_head, page);
+          }
+          if (with_rope) {
+            ptx::tma_load_5d(smem.kv[buffer][kLastSubTile], &maps.sub_tile, &full[kLastCopy],
+                             policy, 0, token_in_page, kLastSubTile, kv_head, page);
+          }
+          continue;
+        }
+        // Small pages: a box of each page for each sub-tile.
 #pragma unroll 1
         for (int b = 0; b < used_boxes; ++b) {
           const int box_page = __shfl_sync(0xffffffff, page, b);
-          const int box_token = __shfl_sync(0xffffffff, token_in_page, b);
           if (lane != 0) continue;
           const auto load = [&](int tile) {
-            ptx::tma_load_4d(smem.kv[buffer][tile] + b * box * 128, map,
-                             &smem.kv_full[buffer][tile], policy, tile * kSubTileColumns, kv_head,
-                             box_token, box_page);
+            ptx::tma_load_5d(smem.kv[buffer][tile] + b * box * 128, &maps.sub_tile,
+                             &full[tile / kSubTilesPerCopy], policy, 0, 0, tile, kv_head, box_page);
           };
-#pragma unroll
-          for (int i = 0; i < kSubTilesHalf; ++i) load(first + i);
+#pragma unroll 1
+          for (int i = 0; i < kSubTilesHalf; ++i) load(half * kSubTilesHalf + i);
           if (with_rope) load(kLastSubTile);
         }
       }
-      empty_parity ^= 1u << buffer;
+      empty_parity ^= 1;
     }
   }
 }
@@ -310,7 +325,9 @@ class MathGroup {
     const uint64_t b = wgmma::k_major(ptx::smem_address(smem_.kv[kBuffer]));
 #pragma unroll
     for (int tile = 0; tile < kSubTiles; ++tile) {
-      ptx::mbarrier_wait(&smem_.kv_full[kBuffer][tile], parity_[kBuffer]);
+      if (tile % kSubTilesPerCopy == 0) {
+        ptx::mbarrier_wait(&smem_.kv_full[kBuffer][tile / kSubTilesPerCopy], parity_[kBuffer]);
+      }
       wgmma::fence();
 #pragma unroll
       for (int step = 0; step < kSubTileColumns / 16; ++step) {
@@ -461,8 +478,8 @@ class MathGroup {
   template <int kBuffer>
   __device__ __forceinline__ void wait_values() {
 #pragma unroll
-    for (int i = 0; i < kSubTilesHalf; ++i) {
-      ptx::mbarrier_wait(&smem_.kv_full[kBuffer][kGroup * kSubTilesHalf + i], parity_[kBuffer]);
+    for (int i = 0; i < kCopiesHalf; ++i) {
+      ptx::mbarrier_wait(&smem_.kv_full[kBuffer][kGroup * kCopiesHalf + i], parity_[kBuffer]);
     }
   }
 
@@ -662,7 +679,7 @@ __device__ __noinline__ void fill_nan(const KernelParams& kp, int kv_head, int r
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_decode_kernel(const __grid_constant__ KernelParams kp,
-                        const __grid_constant__ CUtensorMap k_map) {
+                        const __grid_constant__ KeyMaps maps) {
   extern __shared__ uint8_t shared_bytes[];
   SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
       (reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
@@ -673,12 +690,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
 
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(&k_map);
+    ptx::prefetch_tensor_map(&maps.copy);
+    ptx::prefetch_tensor_map(&maps.sub_tile);
     ptx::mbarrier_init(&smem.q_full, kQueryLoaderWarps);
     ptx::mbarrier_init(&smem.q_empty, kMathGroups * kWarpArrivals);
     for (int buffer = 0; buffer < kBuffers; ++buffer) {
-      for (int tile = 0; tile < kSubTiles; ++tile) {
-        ptx::mbarrier_init(&smem.kv_full[buffer][tile], 1);
+      for (int copy = 0; copy < kCopies; ++copy) {
+        ptx::mbarrier_init(&smem.kv_full[buffer][copy], 1);
       }
       ptx::mbarrier_init(&smem.p_full[buffer], 128);
       for (int half = 0; half < 2; ++half) {
@@ -701,10 +719,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup == kMathGroups) {
     ptx::setmaxnreg_dec<kLoadRegisters>();
     const int thread = threadIdx.x % 128;
-    if (thread < 32) {
-      load_keys(kp, &k_map, smem, part, kv_head, thread);
+    const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
+    if (warp < kKeyLoaderWarps) {
+      load_keys(kp, maps, smem, /*buffer=*/warp, part, kv_head, thread % 32);
     } else {
-      load_queries<T>(kp, smem, part, kv_head, row_tile, thread - 32);
+      load_queries<T>(kp, smem, part, kv_head, row_tile, thread - kKeyLoaderWarps * 32);
     }
   } else if (warpgroup == 0) {
     ptx::setmaxnreg_inc<kMathRegisters>();

@@ -16,15 +16,15 @@ Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
   kp.rows = params.seq_q * kp.group;
   kp.row_tiles = schedule::ceil_div(kp.rows, kRows);
 
-  CUtensorMap k_map;
+  KeyMaps maps;
   constexpr CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  if (Status status =
-          encode_paged_cache(&k_map, params.k_cache, type, params.num_pages, params.page_size,
-                             params.heads_kv, kDim, kSubTileColumns, box_tokens(params.page_size));
-      !status.ok()) {
-    return status;
-  }
+  const auto encode = [&](CUtensorMap* map, int sub_tiles) {
+    return encode_paged_cache(map, params.k_cache, type, params.num_pages, params.page_size,
+                              params.heads_kv, kDim, box_tokens(params.page_size), sub_tiles);
+  };
+  if (Status status = encode(&maps.copy, kSubTilesPerCopy); !status.ok()) return status;
+  if (Status status = encode(&maps.sub_tile, 1); !status.ok()) return status;
 
   auto* kernel = &dense_decode_kernel<T>;
   FLASHMLA_RETURN_IF_ERROR(
@@ -32,7 +32,7 @@ Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
   // x alone reaches 2^31 - 1; y and z would stop at 65,535.
   const int64_t ctas = static_cast<int64_t>(kp.row_tiles) * params.heads_kv * params.num_parts;
   if (ctas > INT32_MAX) return {cudaErrorInvalidConfiguration, "grid of the attention kernel"};
-  kernel<<<static_cast<unsigned>(ctas), kThreads, kSharedBytes, stream>>>(kp, k_map);
+  kernel<<<static_cast<unsigned>(ctas), kThreads, kSharedBytes, stream>>>(kp, maps);
   FLASHMLA_RETURN_IF_ERROR(cudaGetLastError());
   return {};
 }
