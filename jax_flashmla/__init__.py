@@ -16,3 +16,10 @@ from jax_flashmla.quantization import dequantize_kv as dequantize_kv
 from jax_flashmla.quantization import quantize_k_cache as quantize_k_cache
 from jax_flashmla.quantization import quantize_kv as quantize_kv
 from jax_flashmla.sparse_prefill import flash_mla_sparse_fwd as flash_mla_sparse_fwd
+from jax_flashmla.varlen_prefill import flash_attn_varlen_func as flash_attn_varlen_func
+from jax_flashmla.varlen_prefill import (
+    flash_attn_varlen_kvpacked_func as flash_attn_varlen_kvpacked_func,
+)
+from jax_flashmla.varlen_prefill import (
+    flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func,
+)

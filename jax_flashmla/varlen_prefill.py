@@ -23,6 +23,7 @@ Array = jax.Array
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MAX_ROWS = 2**31 - 1  # row numbers are int32
+_Options = tuple[Any, ...]  # dropout_p and what follows it, not checked yet
 
 
 def flash_attn_varlen_func(
@@ -101,7 +102,7 @@ def flash_attn_varlen_func(
     _checks.check_rank(op, "q", q, ("total_q", "h_q", "d"))
     _checks.check_rank(op, "k", k, ("total_kv", "h_kv", "d"))
     _checks.check_rank(op, "v", v, ("total_kv", "h_kv", "dv"))
-    options = (dropout_p, softmax_scale, causal, deterministic, is_varlen, implementation)
+    options: _Options = (dropout_p, softmax_scale, causal, deterministic, is_varlen, implementation)
     limits = (cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv)
     return _varlen(op, _NAMES, q, k, v, *limits, *options)
 
@@ -149,7 +150,7 @@ def flash_attn_varlen_qkvpacked_func(
     names = {"q": "qkv", "k": "qkv", "v": "qkv"}
     names |= {"cu_seqlens_qo": "cu_seqlens", "max_seqlen_qo": "max_seqlen"}
     names |= {"cu_seqlens_kv": "cu_seqlens", "max_seqlen_kv": "max_seqlen"}
-    options = (dropout_p, softmax_scale, causal, deterministic, is_varlen, implementation)
+    options: _Options = (dropout_p, softmax_scale, causal, deterministic, is_varlen, implementation)
     limits = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return _varlen(op, names, q, k, v, *limits, *options)
 
@@ -202,7 +203,7 @@ def flash_attn_varlen_kvpacked_func(
     _check_width(op, "kv", kv, f"{d} + dv with head_dim_qk={d}", d)
     kv = jnp.asarray(kv)
     names = _NAMES | {"k": "kv", "v": "kv"}
-    options = (dropout_p, softmax_scale, causal, deterministic, is_varlen, implementation)
+    options: _Options = (dropout_p, softmax_scale, causal, deterministic, is_varlen, implementation)
     limits = (cu_seqlens_qo, cu_seqlens_kv, max_seqlen_qo, max_seqlen_kv)
     return _varlen(op, names, q, kv[..., :d], kv[..., d:], *limits, *options)
 
@@ -227,8 +228,8 @@ def _varlen(
     q: Array,
     k: Array,
     v: Array,
-    cu_seqlens_qo: Array,
-    cu_seqlens_kv: Array,
+    cu_seqlens_qo: Any,
+    cu_seqlens_kv: Any,
     max_seqlen_qo: int,
     max_seqlen_kv: int,
     dropout_p: float,
@@ -375,8 +376,8 @@ def _fold(operands, batched, size, static, *, results: tuple[str, ...]):
 
     The rows between the last sequence of an element and the first of the next are in no sequence,
     so padding stays padding. ``results`` says for each result whether its rows are those of "q" or
-    of "k". If none are those of "k", then keys and values without the vmapped axis are not repeated:
-    the sequences of every element read the same rows.
+    of "k". If none are those of "k", then keys and values without the vmapped axis are not
+    repeated: the sequences of every element read the same rows.
     """
     rows_q = operands["q"].shape[1 if batched["q"] else 0]
     rows_k = operands["k"].shape[1 if batched["k"] else 0]
@@ -402,9 +403,7 @@ def _fold(operands, batched, size, static, *, results: tuple[str, ...]):
 
     def unfold(values):
         rows = [rows_q if result == "q" else rows_k for result in results]
-        return tuple(
-            x.reshape(size, n, *x.shape[1:]) for x, n in zip(values, rows, strict=True)
-        )
+        return tuple(x.reshape(size, n, *x.shape[1:]) for x, n in zip(values, rows, strict=True))
 
     return folded, static, unfold
 

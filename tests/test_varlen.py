@@ -12,7 +12,7 @@ import pytest
 import varlen_oracle as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import export
+from jax import export, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_flashmla import varlen_prefill
@@ -59,8 +59,18 @@ def limits(lengths, start=0):
     return (start + np.cumsum([0, *lengths])).astype(np.int32)
 
 
-def make(lengths_q, lengths_k, heads=(2, 1), dims=(12, 8), dtype=np.float32, *, pad=(0, 0),
-         start=(0, 0), deviation=1.0, seed=0):
+def make(
+    lengths_q,
+    lengths_k,
+    heads=(2, 1),
+    dims=(12, 8),
+    dtype=np.float32,
+    *,
+    pad=(0, 0),
+    start=(0, 0),
+    deviation=1.0,
+    seed=0,
+):
     """Random arguments of `run`; rows in no sequence hold NaN, in cotangents too."""
     rng = np.random.default_rng(seed)
     cu_q, cu_k = limits(lengths_q, start[0]), limits(lengths_k, start[1])
@@ -78,6 +88,13 @@ def make(lengths_q, lengths_k, heads=(2, 1), dims=(12, 8), dtype=np.float32, *, 
     dout = normal(rows_q, cu_q, h_q, dv)
     dlse = normal(rows_q, cu_q, h_q, dtype=np.float32)
     return q, k, v, cu_q, cu_k, dout, dlse
+
+
+def make_24(lengths_q, lengths_k, **options):
+    """Up to 4 sequences in 24 rows of 24 each, a shape that many tests share to compile it once."""
+    lengths_q, lengths_k = (x + [0] * (4 - len(x)) for x in (lengths_q, lengths_k))
+    pad = (24 - sum(lengths_q), 24 - sum(lengths_k))
+    return make(lengths_q, lengths_k, dims=(4, 3), pad=pad, **options)
 
 
 def close(name, actual, expected, rtol=2e-5, atol=2e-5):
@@ -163,23 +180,28 @@ def test_float32(name, causal):
     all_close(run(*args, causal=causal), expect(*args, causal=causal))
 
 
-@pytest.mark.parametrize(
-    "blocks, causal", [((1, 1), True), ((4, 8), False), ((8, 3), True), ((64, 64), True)]
-)
+@pytest.mark.parametrize("blocks, causal", [((1, 1), True), ((4, 8), False), ((8, 3), True)])
 def test_any_tile_size(blocks, causal):
     lengths = ([5, 0, 30, 2, 9], [9, 3, 27, 0, 14])
     args = make(*lengths, heads=(2, 2), pad=(3, 2), start=(2, 4))
     all_close(run(*args, causal=causal, blocks=blocks), expect(*args, causal=causal))
 
 
-@pytest.mark.parametrize("heads", [(3, 1), (6, 3), (5, 5)])
+@pytest.mark.parametrize("heads", [(3, 1), (6, 3)])
 def test_grouped_heads(heads):
     args = make([7, 9], [8, 11], heads=heads, dims=(4, 6))
     all_close(run(*args, causal=True), expect(*args, causal=True))
 
 
-@pytest.mark.parametrize("dims, causal", [((192, 128), True), ((128, 128), False)])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    "dtype, dims, causal",
+    [
+        (jnp.bfloat16, (192, 128), True),
+        (jnp.bfloat16, (128, 128), False),
+        (jnp.float16, (128, 128), True),
+        (jnp.float32, (192, 128), False),
+    ],
+)
 def test_tolerances_of_the_contract(dtype, dims, causal):
     args = make(
         [70, 150, 1], [90, 140, 33], heads=(4, 2), dims=dims, dtype=dtype, deviation=0.1, pad=(5, 3)
@@ -215,11 +237,11 @@ def test_peaked_scores(kind):
 
 
 def test_large_scores_do_not_overflow():
-    args = make([9], [9], deviation=30.0)
-    actual, expected = run(*args, scale=1.0), expect(*args, scale=1.0)
-    assert np.abs(expected[1]).min() > 100  # exp of these is inf in float32
+    args = make_24([9], [9], deviation=60.0)
+    actual, expected = run(*args), expect(*args)
+    assert np.abs(expected[1][:9]).min() > 100  # exp of these is inf in float32
     for name, a, e in zip(RESULTS, actual, expected, strict=True):
-        close(name, a, e, rtol=1e-3, atol=1e-3 * np.abs(e).max())
+        close(name, a, e, rtol=1e-3, atol=1e-3 * np.abs(e[np.isfinite(e)]).max())
 
 
 def test_scores_that_are_all_minus_infinity_are_not_an_empty_row():
@@ -237,7 +259,7 @@ cuts = st.lists(st.integers(0, 24), min_size=5, max_size=5).map(sorted)
 @settings(max_examples=60, deadline=None)
 @given(cu_q=cuts, cu_k=cuts, causal=st.booleans())
 def test_any_lengths(cu_q, cu_k, causal):
-    q, k, v, _, _, dout, dlse = make([24], [24], dims=(4, 3))
+    q, k, v, _, _, dout, dlse = make_24([24], [24])
     cu_q, cu_k = np.array(cu_q, np.int32), np.array(cu_k, np.int32)
     for array in (q, dout, dlse):
         array[: cu_q[0]] = array[cu_q[-1] :] = np.nan
@@ -247,7 +269,7 @@ def test_any_lengths(cu_q, cu_k, causal):
     all_close(run(*args, causal=causal), expect(*args, causal=causal))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=4),
     heads=st.sampled_from([(1, 1), (4, 1), (6, 2)]),
@@ -265,18 +287,26 @@ def test_any_shapes(lengths, heads, dims, pad, causal):
 
 @pytest.mark.parametrize(
     "lengths_q, lengths_k, pad",
-    [([], [], (4, 5)), ([0], [5], (0, 0)), ([5], [0], (0, 0)), ([0, 0], [0, 0], (0, 0)),
-     ([], [], (0, 0)), ([0, 0], [3, 4], (6, 2))],
+    [
+        ([], [], (4, 5)),
+        ([0], [5], (0, 0)),
+        ([5], [0], (0, 0)),
+        ([0, 0], [0, 0], (0, 0)),
+        ([], [], (0, 0)),
+        ([0] * 4, [3, 4, 0, 0], (24, 17)),
+        ([3, 4, 0, 0], [0] * 4, (17, 24)),
+    ],
 )
 def test_sizes_of_zero(lengths_q, lengths_k, pad):
-    args = make(lengths_q, lengths_k, pad=pad)
-    all_close(run(*args), expect(*args))
-    assert not np.any(run(*args)[0]) and np.isposinf(run(*args)[1]).all()
+    args = make(lengths_q, lengths_k, dims=(4, 3), pad=pad)
+    out, lse, *grads = run(*args)
+    all_close((out, lse, *grads), expect(*args))
+    assert not np.any(out) and np.isposinf(lse).all() and not any(np.any(g) for g in grads)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nothing_leaks_from_other_sequences(bad):
-    clean = make([6, 7, 6], [9, 6, 7], pad=(4, 4))
+    clean = make_24([6, 7, 6], [9, 6, 7])
     dirty = [np.copy(x) for x in clean]
     for index in (0, 5, 6):  # q, dout, dlse of the middle sequence
         dirty[index][6:13] = bad
@@ -293,9 +323,9 @@ def test_nothing_leaks_from_other_sequences(bad):
 
 
 def test_cotangents_of_rows_without_keys_do_not_matter():
-    args = list(make([6, 4], [3, 0]))
+    args = list(make_24([6, 4], [3, 0]))
     expected = expect(*args, causal=True)
-    assert np.isposinf(expected[1]).sum() == 7 * 2
+    assert np.isposinf(expected[1][:10]).sum() == 7 * 2
     args[5], args[6] = np.copy(args[5]), np.copy(args[6])
     blind = np.isposinf(expected[1])
     args[5][blind] = args[6][blind] = np.nan
@@ -323,7 +353,7 @@ def test_cu_seqlens_out_of_order(name):
     # One shape, so one compilation: repeated last entries are empty sequences, unless the
     # last entry is what is wrong, which then is repeated too.
     cu_q, cu_k = (np.array(c + c[-1:] * (5 - len(c)), np.int32) for c in (cu_q, cu_k))
-    q, k, v, _, _, dout, dlse = make([24], [24], dims=(4, 3))
+    q, k, v, _, _, dout, dlse = make_24([24], [24])
     args = (q, k, v, cu_q, cu_k, dout, dlse)
     actual = run(*args, causal=True)
     all_close(actual, expect(*args, causal=True))
@@ -341,7 +371,7 @@ entries = st.lists(st.one_of(st.integers(-3, 27), st.just(FAR)), min_size=5, max
 @settings(max_examples=60, deadline=None)
 @given(cu_q=st.one_of(entries, cuts), cu_k=st.one_of(entries, cuts), causal=st.booleans())
 def test_any_cu_seqlens(cu_q, cu_k, causal):
-    q, k, v, _, _, dout, dlse = make([24], [24], dims=(4, 3))
+    q, k, v, _, _, dout, dlse = make_24([24], [24])
     args = (q, k, v, np.array(cu_q, np.int32), np.array(cu_k, np.int32), dout, dlse)
     all_close(run(*args, causal=causal), expect(*args, causal=causal))
 
@@ -374,22 +404,17 @@ def test_is_varlen_false_reads_the_lengths_from_the_arguments():
 
 
 def test_deterministic_gives_the_same_bits():
-    args = make([24], [24], dims=(4, 3))
-    q, k, v, cu_q, cu_k, dout, dlse = args
+    q, k, v, cu_q, cu_k, dout, dlse = make_24([9, 15], [20, 4])
 
-    @functools.partial(jax.jit, static_argnums=3)
-    def gradients(q, k, v, deterministic):
+    @jax.jit
+    def gradients(q, k, v):
         def call(*x):
-            return flash_attn_varlen_func(
-                *x, cu_q, cu_k, ANY, ANY, deterministic=deterministic, causal=True
-            )
+            return flash_attn_varlen_func(*x, cu_q, cu_k, ANY, ANY, deterministic=True)
 
         return jax.vjp(call, q, k, v)[1]((jnp.asarray(dout), jnp.asarray(dlse)))
 
-    first, again = gradients(q, k, v, True), gradients(q, k, v, True)
-    for a, b, c in zip(first, again, gradients(q, k, v, False), strict=True):
+    for a, b in zip(gradients(q, k, v), gradients(q, k, v), strict=True):
         np.testing.assert_array_equal(a, b)
-        np.testing.assert_array_equal(a, c)
 
 
 def test_packed_forms_are_the_same_function():
@@ -428,9 +453,7 @@ def test_packed_scale_defaults_to_that_of_the_qk_columns():
     q, k, v, cu, _, _, _ = make([6], [6], heads=(2, 2))
     expected = flash_attn_varlen_func(q, k, v, cu, cu, ANY, ANY)[1]
     qkv, kv = np.concatenate([q, k, v], axis=-1), np.concatenate([k, v], axis=-1)
-    np.testing.assert_array_equal(
-        flash_attn_varlen_qkvpacked_func(qkv, cu, ANY, 12)[1], expected
-    )
+    np.testing.assert_array_equal(flash_attn_varlen_qkvpacked_func(qkv, cu, ANY, 12)[1], expected)
     np.testing.assert_array_equal(
         flash_attn_varlen_kvpacked_func(q, kv, cu, cu, ANY, ANY, 12)[1], expected
     )
@@ -441,14 +464,20 @@ def test_signatures_are_those_of_the_contract():
     limits_names = "cu_seqlens_qo cu_seqlens_kv max_seqlen_qo max_seqlen_kv".split()
     expected = {
         flash_attn_varlen_func: ["q", "k", "v", *limits_names, *options],
-        flash_attn_varlen_qkvpacked_func: ["qkv", "cu_seqlens", "max_seqlen", "head_dim_qk",
-                                           *options],
+        flash_attn_varlen_qkvpacked_func: [
+            "qkv",
+            "cu_seqlens",
+            "max_seqlen",
+            "head_dim_qk",
+            *options,
+        ],
         flash_attn_varlen_kvpacked_func: ["q", "kv", *limits_names, "head_dim_qk", *options],
     }
     for function, names in expected.items():
         parameters = inspect.signature(function).parameters
         assert list(parameters) == names
-        assert [p.default for p in parameters.values()][-6:] == [0.0, None, False, False, True, None]
+        defaults = [parameters[name].default for name in options]
+        assert defaults == [0.0, None, False, False, True, None]
         assert parameters["implementation"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
@@ -484,8 +513,10 @@ def test_vmap_over_any_operands(batched):
     args = batch_arguments()
     # Garbage in one element must not reach its neighbours.
     args[3][1, -1] = FAR
-    chosen = [a if b else a[1 if i in (3, 4) else 0] for i, (a, b) in
-              enumerate(zip(args[:5], batched, strict=True))]
+    chosen = [
+        a if b else a[1 if i in (3, 4) else 0]
+        for i, (a, b) in enumerate(zip(args[:5], batched, strict=True))
+    ]
     # Padding differs between the elements mixed here: what is padding in one is not in another.
     chosen[:3] = [np.nan_to_num(a, nan=0.5) for a in chosen[:3]]
     dout, dlse = np.nan_to_num(args[5][0], nan=0.5), np.nan_to_num(args[6][0], nan=0.5)
@@ -545,8 +576,7 @@ def test_grad_of_vmap():
         out, lse = jax.vmap(lambda *a: call(*a, ANY, ANY))(q, k, v, cu_q, cu_k)
         seen = jnp.isfinite(lse)
         return (
-            jnp.where(seen[..., None], out * dout, 0).sum()
-            + jnp.where(seen, lse * dlse, 0).sum()
+            jnp.where(seen[..., None], out * dout, 0).sum() + jnp.where(seen, lse * dlse, 0).sum()
         )
 
     grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
@@ -558,18 +588,19 @@ def test_grad_of_vmap():
 
 def test_vmap_that_cannot_fold_loops(monkeypatch):
     args = batch_arguments()
-    folded = jax.vmap(run)(*args)
     monkeypatch.setattr(varlen_prefill, "_MAX_ROWS", 20)
-    text = str(jax.make_jaxpr(jax.vmap(run.__wrapped__))(*args))
-    assert "scan" in text or "while" in text
-    for a, e in zip(jax.vmap(run.__wrapped__)(*args), folded, strict=True):
-        np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5)
+    looped = jax.make_jaxpr(jax.vmap(run.__wrapped__))(*args)
+    calls = [e for e in flatten(looped.jaxpr) if e.primitive.name.startswith("flash_attn_varlen")]
+    assert [call.invars[0].aval.shape for call in calls] == [(9, 2, 4)] * 2
+    actual = jax.jit(jax.vmap(run.__wrapped__))(*args)
+    for i in range(3):
+        all_close([a[i] for a in actual], expect(*(a[i] for a in args)))
 
 
 def test_vmap_over_nothing():
-    args = [a[:0] for a in batch_arguments()]
-    for a, e in zip(jax.vmap(run)(*args), jax.vmap(run)(*batch_arguments()), strict=True):
-        assert a.shape == (0, *e.shape[1:]) and a.dtype == e.dtype
+    q, k, v, cu_q, cu_k, dout, dlse = (a[:0] for a in batch_arguments())
+    results = jax.vmap(run)(q, k, v, cu_q, cu_k, dout, dlse)
+    assert [r.shape for r in results] == [x.shape for x in (dout, dlse, q, k, v)]
 
 
 def test_vmap_does_not_repeat_shared_keys():
@@ -613,35 +644,34 @@ def test_eval_shape():
     assert [(g.shape, g.dtype) for g in grads] == [(x.shape, x.dtype) for x in (q, k, v)]
 
 
-def test_checkpoint_recomputes_and_agrees():
+def test_checkpoint():
     q, k, v, cu_q, cu_k, *_ = make([6, 5], [6, 7])
 
+    @jax.checkpoint
     def loss(q, k, v):
         out, lse = flash_attn_varlen_func(q, k, v, cu_q, cu_k, ANY, ANY)
         return (out**2).sum() + jnp.sin(lse).sum()
 
-    plain = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
-    again = jax.jit(jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2)))(q, k, v)
-    for a, b in zip(plain, again, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    out, lse = oracle.forward(q, k, v, cu_q, cu_k, 12**-0.5, False)
+    expected = expect(q, k, v, cu_q, cu_k, 2 * out, np.cos(lse))[2:]
+    for name, a, e in zip(RESULTS[2:], grads, expected, strict=True):
+        close(name, a, e)
 
 
-def test_gradient_of_lse_alone_and_of_out_alone():
-    args = make([6, 5], [6, 7])
-    q, k, v, cu_q, cu_k, dout, dlse = args
+def test_gradient_of_lse_alone():
+    q, k, v, cu_q, cu_k, dout, dlse = make([6, 5], [6, 7])
 
-    def call(q, k, v):
-        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, ANY, ANY)
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def gradients(q, k, v):
+        return (flash_attn_varlen_func(q, k, v, cu_q, cu_k, ANY, ANY)[1] * dlse).sum()
 
-    grads = jax.grad(lambda *x: (call(*x)[1] * dlse).sum(), argnums=(0, 1, 2))(q, k, v)
+    grads = gradients(q, k, v)
     expected = expect(q, k, v, cu_q, cu_k, 0 * dout, dlse)[2:]
     for name, a, e in zip(RESULTS[2:], grads, expected, strict=True):
         close(name, a, e)
     assert not np.any(grads[2]) and np.any(grads[0])
-    grads = jax.grad(lambda *x: (call(*x)[0] * dout).sum(), argnums=(0, 1, 2))(q, k, v)
-    expected = expect(q, k, v, cu_q, cu_k, dout, 0 * dlse)[2:]
-    for name, a, e in zip(RESULTS[2:], grads, expected, strict=True):
-        close(name, a, e)
 
 
 def test_second_derivative_names_the_operation():
@@ -664,11 +694,10 @@ def test_export_with_gradient():
 
 def test_under_x64():
     args = make([6, 5], [6, 7], pad=(1, 1))
-    expected = run(*args, causal=True)
     with jax.enable_x64(True):
-        for a, e in zip(run(*args, causal=True), expected, strict=True):
-            assert a.dtype == jnp.float32
-            np.testing.assert_allclose(a, e, rtol=1e-6, atol=1e-6)
+        actual = run(*args)
+        assert [a.dtype for a in actual] == [jnp.float32] * 5
+        all_close(actual, expect(*args))
 
 
 # ------------------------------------------------------------------ several devices
@@ -692,8 +721,7 @@ def run_sharded(mesh, args, specs):
         return jax.jit(functools.partial(run.__wrapped__, causal=True))(*placed)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind, heads", [(AxisType.Auto, (4, 2)), (AxisType.Explicit, (2, 2))])
 def test_heads_split_over_devices(kind, heads):
     args = make([5, 7], [9, 6], heads=heads, dims=(4, 3), pad=(1, 2))
     specs = (HEADS, HEADS, HEADS, WHOLE, WHOLE, HEADS, HEADS)
@@ -775,19 +803,33 @@ def count_products(monkeypatch, function, *args, **kwargs):
 
 
 def test_only_visible_blocks_are_visited(monkeypatch):
-    q, k, v, cu_q, cu_k, dout, dlse = make([16, 3, 0, 8], [16, 8, 8, 0], dims=(2, 2), pad=(9, 9))
+    q, k, v, cu_q, cu_k, dout, dlse = make([8, 3, 0, 4], [8, 8, 8, 0], dims=(2, 2), pad=(9, 9))
     sequences = varlen_prefill._sequences(cu_q, cu_k, len(q), len(k))
     operands = {"q": q, "k": k, "v": v, "sequences": sequences}
     options = {"softmax_scale": 1.0, "block_q": 4, "block_k": 4}
     count = functools.partial(count_products, monkeypatch)
-    # Tiles of 4 x 4: 4 * 4 of the first sequence, 1 * 2 of the second, none of the others.
-    assert count(reference.varlen_forward, operands, causal=False, **options) == 2 * (16 + 2)
-    assert count(reference.varlen_forward, operands, causal=True, **options) == 2 * (10 + 2)
-    out, lse = reference.varlen_forward(operands, causal=False, **options)
-    operands |= {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
+    # Tiles of 4 x 4: 2 * 2 of the first sequence, 1 * 2 of the second, none of the others.
+    # Two products each.
+    assert count(reference.varlen_forward, operands, causal=False, **options) == 2 * (4 + 2)
+    assert count(reference.varlen_forward, operands, causal=True, **options) == 2 * (3 + 2)
+    results = {"out": dout, "lse": dlse}  # whatever they are
+    operands |= results | {"dout": dout, "dlse": dlse}
     # Three products a tile in the pass over queries, four in that over keys.
-    assert count(reference.varlen_backward, operands, causal=False, **options) == 7 * (16 + 2)
-    assert count(reference.varlen_backward, operands, causal=True, **options) == 7 * (10 + 2)
+    assert count(reference.varlen_backward, operands, causal=False, **options) == 7 * (4 + 2)
+    assert count(reference.varlen_backward, operands, causal=True, **options) == 7 * (3 + 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_products_take_the_input_dtype_and_add_up_in_float32(dtype):
+    args = make_24([24], [24], dtype=dtype)
+    jaxpr = jax.make_jaxpr(functools.partial(run.__wrapped__, blocks=(8, 8)))(*args)
+    products = [e for e in flatten(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    assert len(products) == 2 + 7  # so P and dS are rounded like everything else
+    for product in products:
+        assert [x.aval.dtype for x in product.invars] == [dtype, dtype]
+        assert product.outvars[0].aval.dtype == jnp.float32
+        assert product.params["preferred_element_type"] == jnp.float32
+        assert product.params["precision"] == (lax.Precision.HIGHEST,) * 2
 
 
 def test_long_sequences_fit_in_memory():
@@ -800,8 +842,9 @@ def test_long_sequences_fit_in_memory():
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
     compiled = gradient.lower(q, k, v, shape((3,), jnp.int32)).compile()
-    # All scores at once would be 128 GiB.
-    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2**30
+    # All scores at once would be 128 GiB. It is 2 GiB, and 6.5 with jaxlib 0.10, whose CPU backend
+    # keeps float32 copies of bfloat16 arrays that a loop goes over.
+    assert compiled.memory_analysis().temp_size_in_bytes < 7 * 2**30
 
 
 # ------------------------------------------------------------------ implementation= and bad calls

@@ -22,7 +22,9 @@ einsums q and k are rows of queries and keys, h the key head, r the query head i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,7 @@ _dot = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_ty
 
 
 def varlen_forward(
-    operands: dict[str, Array | None],
+    operands: Mapping[str, Any],
     *,
     softmax_scale: float,
     causal: bool,
@@ -123,7 +125,7 @@ def varlen_forward(
 
 
 def varlen_backward(
-    operands: dict[str, Array | None],
+    operands: Mapping[str, Any],
     *,
     softmax_scale: float,
     causal: bool,
@@ -259,7 +261,7 @@ def _block_size(given: int | None, largest: int, total: int, sequences: int) -> 
     return min(given, total)
 
 
-def _each_tile(sequences: Array, column: int, block: int, tile, state):
+def _each_tile(sequences: Array, column: int, block: int, tile: Callable, state: Any) -> Any:
     """Folds ``state = tile(sequence, first_row, state)`` over the tiles of all sequences.
 
     ``column`` is that of the range to cut: 0 for query tiles, 2 for key tiles.
