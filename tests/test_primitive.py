@@ -48,6 +48,8 @@ def lookup_fold(operands, batched, size, static):
         return x.reshape(size * b, *x.shape[2:])
 
     folded = {"q": merge("q"), "table": merge("table"), "cache": operands["cache"]}
+    if operands["plan"] is not None:  # Operation leaves it out
+        folded["plan"] = operands["plan"]
     sink = operands["sink"]
     if sink is not None:
         if batched["sink"]:
@@ -586,6 +588,28 @@ def test_shard_map_knows_that_results_vary(operands):
     mapped = jax.shard_map(lambda v: lookup(**v), mesh=automatic_mesh(), **wrong)
     with pytest.raises(ValueError, match="out_specs"):
         jax.eval_shape(mapped, operands)
+
+
+def test_shard_map_of_operands_that_vary_differently(operands):
+    """q is the same everywhere, the table is not: neither are the results."""
+    rest = {k: v for k, v in operands.items() if k != "table"}
+    tables = np.random.default_rng(5).integers(0, 16, 32).astype(np.int32)
+
+    def mapped(spec):
+        return jax.shard_map(
+            lambda rest, table: lookup(**rest, table=table),
+            mesh=automatic_mesh(),
+            in_specs=(P(), P("x")),
+            out_specs=(spec, P(None, "x")),
+        )
+
+    for function in (mapped(P("x")), jax.jit(mapped(P("x")))):
+        out, total = function(rest, tables)
+        for i in range(4):
+            want = expected(**rest, table=tables[8 * i : 8 * i + 8])
+            check((out[8 * i : 8 * i + 8], total[:, 8 * i : 8 * i + 8]), want)
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.eval_shape(mapped(P()), rest, tables)
 
 
 def test_shard_map_with_vmap_inside_and_outside(operands):

@@ -86,9 +86,8 @@ def boundaries(
     payload = jnp.maximum(
         total // num_sm_parts + (total % num_sm_parts > 0), MIN_PAYLOAD + OVERHEAD
     )
-    # Positions past the end all mean "the end": clipping keeps them below 2^31.
-    used = total // payload + (total % payload > 0)
-    position = jnp.minimum(jnp.arange(num_sm_parts, dtype=jnp.int32), used) * payload
+    # At most total + num_sm_parts, or 9 * num_sm_parts: below 2^31 whatever fits in memory.
+    position = jnp.arange(num_sm_parts, dtype=jnp.int32) * payload
     request = jnp.searchsorted(starts, position, side="right").astype(jnp.int32) - 1
     n = blocks[request]
     unit = position - starts[request] - OVERHEAD
