@@ -52,30 +52,30 @@ def flash_attn_varlen_func(
     and have the dtypes of q, k and v.
 
     Args:
-        q: ``[total_q, h_q, d]``, bfloat16, float16 or float32. Any d; the CUDA kernels are made
-            for (d, dv) = (192, 128) and (128, 128).
+        q: ``[total_q, h_q, d]``, bfloat16, float16 or float32, any d.
         k: ``[total_kv, h_kv, d]`` in q's dtype. ``h_q`` must be a multiple of ``h_kv``: query head
             ``j`` reads key head ``j // (h_q // h_kv)``.
         v: ``[total_kv, h_kv, dv]`` in q's dtype.
         cu_seqlens_qo: ``int32[b + 1]``, not decreasing.
         cu_seqlens_kv: ``int32[b + 1]``, not decreasing.
         max_seqlen_qo: an upper bound of the query lengths, a static int. Only its type is
-            checked, nothing depends on its value unless ``is_varlen`` is False; kernels and
-            reference take the lengths from ``cu_seqlens_qo``.
+            checked, nothing depends on its value unless ``is_varlen`` is False: the lengths are
+            taken from ``cu_seqlens_qo``.
         max_seqlen_kv: the same for the key lengths.
         dropout_p: must be 0; dropout is not implemented.
         softmax_scale: factor of ``q . k``, a static float; ``d ** -0.5`` by default. Models with
             YaRN multiply it by mscale squared.
         causal: query ``j`` of a sequence with ``s_q`` queries and ``s_k`` keys sees the keys
             ``<= s_k - s_q + j`` (aligned to the bottom right: the last query sees all).
-        deterministic: accepted for either value. Gradients are bit-identical from run to run
-            when it is True, and with ``implementation="xla"`` always.
+        deterministic: True asks for gradients that are bit-identical from run to run. The XLA
+            implementation's always are.
         is_varlen: False says that every sequence has exactly ``max_seqlen_qo`` queries and
             ``max_seqlen_kv`` keys (so upstream's kernels for fixed lengths read it). The values
             of both cu_seqlens are then not read, only their length, ``b + 1``; ``total_q`` must be
             at least ``b * max_seqlen_qo`` and ``total_kv`` at least ``b * max_seqlen_kv``.
-        implementation: "cuda" insists on the kernels, "xla" takes the reference, None the best
-            that supports the call. The gradient takes the same.
+        implementation: "cuda" insists on CUDA kernels, "xla" takes the reference, None the best
+            that supports the call; the gradient takes the same. There are no CUDA kernels for this
+            operation yet, so "cuda" raises and None takes the reference on every platform.
 
     Returns:
         ``out [total_q, h_q, dv]`` in q's dtype, and ``lse float32[total_q, h_q]``, the natural
@@ -90,8 +90,12 @@ def flash_attn_varlen_func(
     its array that do (none before it is larger, none after it smaller). A sequence is broken if
     any of its four entries is not sound. Then out, lse and dq of its query rows, and dk and dv of
     its key rows, are NaN, its rows being all those between the nearest sound entries at or before
-    its start and at or after its end (else the end of the array). All other rows are as they
-    would be without the broken sequences.
+    its start and at or after its end (where there is none, row 0 or the end of the array). All
+    other rows are as they would be without the broken sequences.
+
+    ``vmap`` over any of the arrays is one call on longer arrays. On several devices, heads (of q,
+    k and v alike) may be sharded and tokens may not: wrap the call in `jax.shard_map` for that, as
+    for the gradient of several query heads with one key head when the query heads are sharded.
 
     Raises:
         ValueError: a rank, shape, dtype or static argument is not as above.
@@ -258,8 +262,8 @@ def _varlen(
     if not _checks.check_bool(op, "is_varlen", is_varlen):
         _check_uniform(op, names["q"], q, b, names["max_seqlen_qo"], max_seqlen_qo)
         _check_uniform(op, names["k"], k, b, names["max_seqlen_kv"], max_seqlen_kv)
-        cu_seqlens_qo = np.arange(b + 1, dtype=np.int32) * np.int32(max_seqlen_qo)
-        cu_seqlens_kv = np.arange(b + 1, dtype=np.int32) * np.int32(max_seqlen_kv)
+        cu_seqlens_qo = np.asarray([i * max_seqlen_qo for i in range(b + 1)], np.int32)
+        cu_seqlens_kv = np.asarray([i * max_seqlen_kv for i in range(b + 1)], np.int32)
     sequences = _sequences(cu_seqlens_qo, cu_seqlens_kv, q.shape[0], k.shape[0])
     # Inside shard_map q may vary over devices where k and v do not (one key head for all). Casting
     # here and not in the Operation puts the sum over devices into the gradient of the cast.
