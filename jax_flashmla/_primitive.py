@@ -254,6 +254,9 @@ def _folded(op, moved, batched, size, static, implementation) -> tuple[Array, ..
         return None
     kept = {n: a for n, a in moved.items() if n not in op.drop_when_split}
     flags = {n: n in kept and batched.get(n, False) for n in op.operands}
+    if not any(flags.values()):  # only what is left out has the axis: all entries are the same
+        once = _bind(op, kept, static, implementation)
+        return tuple(jnp.broadcast_to(r, (size, *r.shape)) for r in once)
     folded = op.fold(op.complete(kept), flags, size, dict(static))
     if folded is None:
         return None
