@@ -4,7 +4,8 @@
 # kernels; PYTHON names the interpreter it is installed for (default python3).
 #
 #   tests/gpu/run_gpu_tests.sh [pytest arguments]
-#   PARTS="tests memcheck racecheck" chooses parts (default all three).
+#   PARTS="tests memcheck racecheck" chooses parts (default these three). PARTS=grid runs the whole
+#   grid of dense decode cases, or what of it is missing in $GRID_OUT (default grid.jsonl).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
@@ -14,9 +15,9 @@ failed=()
 
 for part in $parts; do
   case $part in
-    tests | memcheck | racecheck) ;;
+    tests | memcheck | racecheck | grid) ;;
     *)
-      echo "unknown part '$part'; expected tests, memcheck or racecheck" >&2
+      echo "unknown part '$part'; expected tests, memcheck, racecheck or grid" >&2
       exit 2
       ;;
   esac
@@ -56,6 +57,11 @@ if [[ " $parts " == *" memcheck "* ]]; then
 fi
 if [[ " $parts " == *" racecheck "* ]]; then
   sanitize racecheck --racecheck-report all
+fi
+
+if [[ " $parts " == *" grid "* ]]; then
+  step "grid of dense decode cases"
+  "$python" -P tests/gpu/grid.py --out "${GRID_OUT:-grid.jsonl}" || failed+=("grid")
 fi
 
 step "result"

@@ -95,6 +95,54 @@ _dense(
     MEMCHECK,
 )
 _dense("more-parts-than-work", DenseCase("", 1, 70, 16), MEMCHECK, num_sm_parts=132)
+_dense(
+    "page-8-grouped-heads",
+    DenseCase("", 2, 130, 6, h_kv=3, s_q=2, causal=True, page_size=8),
+    MEMCHECK,
+    num_sm_parts=3,
+)
+_dense("page-192", DenseCase("", 2, 500, 16, page_size=192), MEMCHECK)
+_dense("empty-requests", DenseCase("", 3, 0, 16, lengths=(0, 0, 0)), MEMCHECK)
+_dense(
+    "many-query-tokens",
+    DenseCase("", 2, 0, 16, s_q=20, causal=True, lengths=(10, 300)),
+    MEMCHECK,
+    num_sm_parts=2,
+)
+_dense(
+    "batch-invariant-causal-fp16",
+    DenseCase("", 3, 0, 9, h_kv=3, s_q=2, causal=True, dtype="float16", lengths=(1100, 0, 300)),
+    batch_invariant=True,
+    num_sm_parts=3,
+)
+
+
+@_case("no-pages", MEMCHECK)
+def _no_pages() -> None:
+    """A cache without pages: nothing can be read from it, and requests with tokens are NaN."""
+    inputs = cases.build(DenseCase("no-pages", 2, 100, 16))
+    inputs.k_cache = inputs.k_cache[:0]
+    _all_nan(*_launcher(inputs, num_sm_parts=3).run())
+    inputs.cache_seqlens = np.zeros(2, np.int32)
+    out, lse = _launcher(inputs, num_sm_parts=3).run()
+    assert (out == 0).all() and np.isposinf(lse).all()
+
+
+@_case("schedules", MEMCHECK)
+def _schedules() -> None:
+    """The scheduler kernel on batches below, at and above its threads, and on odd lengths."""
+    from raw_launcher import plan_schedule
+
+    rng = np.random.default_rng(0)
+    for b, parts in ((0, 3), (1, 1), (1, 132), (1024, 7), (1025, 132), (5000, 1000)):
+        for lengths in (rng.integers(-5, 9000, b), np.full(b, 2**31 - 1)):
+            for batch_invariant in (False, True):
+                rows, splits = plan_schedule(
+                    lengths, num_sm_parts=parts, batch_invariant=batch_invariant
+                )
+                assert (rows[0, :2] == 0).all() and rows[-1, 2:4].tolist() == [b, 0]
+                assert (rows[1:, :2] == rows[:-1, 2:4]).all() and splits[0] == 0
+                assert (np.diff(splits) >= 1).all()
 
 
 def _all_nan(out: np.ndarray, lse: np.ndarray) -> None:
