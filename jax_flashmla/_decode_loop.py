@@ -22,7 +22,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -39,7 +39,8 @@ Array = jax.Array
 HEAD_DIM, HEAD_DIM_V, ROPE_DIM = 576, 512, 64
 # DeepSeek V3's head dimensions before absorption: 128 without RoPE, 64 with.
 SOFTMAX_SCALE = (128 + 64) ** -0.5
-MODEL_DIM, VOCABULARY = 512, 1024
+# 31 x 16: hardly any cache has as many slots as a weight of this size has rows (`cache_copies`).
+MODEL_DIM, VOCABULARY = 496, 1024
 CHECKED_STEPS = 12
 WATCHED = 4  # at least so many requests are checked at each of them
 _INT32_MAX = 2**31 - 1
@@ -264,7 +265,7 @@ def fill(
 # as an instruction of its own if it needs one.
 _UPDATES = {"dynamic-update-slice", "scatter"}
 _PASSES = {"parameter", "get-tuple-element", "bitcast", "while", "conditional", "call"}
-_PASSES |= {"opt-barrier", "async-done"}
+_PASSES |= {"opt-barrier", "async-done", "copy-done", "fusion-done"}
 
 _INSTRUCTION = re.compile(
     r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = "
@@ -283,12 +284,17 @@ def cache_copies(module: str, shape: tuple[int, ...]) -> list[str]:
     Returns:
         The instructions, one a line: copies, conversions and whatever else writes a whole array
         rather than updating one in place, alone or inside a fusion. Arrays are told by their
-        number of elements and their last dimension.
+        number of elements and their last two dimensions, not counting those of size 1.
     """
 
+    def longer_than_one(sizes: Iterable[int]) -> list[int]:
+        return [size for size in sizes if size != 1]
+
+    row = longer_than_one(shape)[-2:]
+
     def is_cache(dims: str) -> bool:
-        sizes = [int(size) for size in dims.split(",") if size]
-        return bool(sizes) and sizes[-1] == shape[-1] and math.prod(sizes) == math.prod(shape)
+        sizes = longer_than_one(int(size) for size in dims.split(","))
+        return sizes[-2:] == row and math.prod(sizes) == math.prod(shape)
 
     def makes_cache(instruction: re.Match) -> bool:
         return any(is_cache(dims) for dims in re.findall(r"\[([\d,]+)\]", instruction["type"]))

@@ -337,6 +337,15 @@ def other_layer(table, page_offset, *, num_pages):
     return table
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, page_size", [("bfloat16", 64), ("float16", 16)])
+def test_program_on_the_kernels(capsys, dtype, page_size):
+    sizes = f"--batch 5 --steps 30 --heads 20 --layers 3 --context 900 --page-size {page_size}"
+    assert program.main(f"{sizes} --dtype {dtype} --implementation cuda".split()) == 0
+    text = capsys.readouterr().out
+    assert f"plain cache, {dtype}, cuda" in text and "FAIL" not in text
+
+
 @pytest.mark.parametrize(
     "name, fault",
     [("flash_mla_with_kvcache", wrong_length), ("offset_block_table", other_layer)],
@@ -438,6 +447,16 @@ ENTRY %main (a: f32[8,576], b: s32[]) -> f32[8,576] {{
 PLAIN, PAIR = "f32[8,576]{1,0}", "(s32[], f32[8,576]{1,0})"
 
 
+def test_other_arrays_are_not_taken_for_the_cache():
+    text = """ENTRY %main (a: f32[4,4,576]) -> f32[4,4,576] {
+  %a = f32[4,4,576]{2,1,0} parameter(0)
+  ROOT %c = f32[4,4,576]{2,1,0} copy(%a)
+}
+"""
+    assert _decode_loop.cache_copies(text, (2, 8, 1, 576)) == []
+    assert len(_decode_loop.cache_copies(text, (4, 4, 1, 576))) == 1
+
+
 @pytest.mark.parametrize(
     "root, kind, opcode, copies",
     [
@@ -445,7 +464,7 @@ PLAIN, PAIR = "f32[8,576]{1,0}", "(s32[], f32[8,576]{1,0})"
         ("ROOT %r = f32[8,576]{1,0} scatter(%p, %q, %row)", PLAIN, "fusion", 0),
         ("ROOT %r = f32[8,576]{1,0} add(%p, %whole)", PLAIN, "fusion", 1),
         ("ROOT %r = f32[8,576]{1,0} copy(%p)", PLAIN, "async-start", 1),
-        ("ROOT %r = f32[2,4,576]{2,1,0} bitcast(%whole)", "f32[2,4,576]{2,1,0}", "fusion", 1),
+        ("ROOT %r = f32[8,1,576]{2,1,0} bitcast(%whole)", "f32[8,1,576]{2,1,0}", "fusion", 1),
         ("ROOT %r = (s32[], f32[8,576]{1,0}) tuple(%q, %whole)", PAIR, "fusion", 1),
     ],
 )
@@ -554,7 +573,7 @@ def test_errors_are_measured():
     assert _selftest.relative_error([1.0], [0.0]) == np.inf
     assert _selftest.lse_error([np.inf, 2.0], [np.inf, 2.0]) == 0
     assert _selftest.lse_error([2.02], [2.0]) == pytest.approx(0.01)
-    assert _selftest.lse_error([1e-6], [0.0]) == pytest.approx(_selftest.LSE_TOLERANCE)
+    assert _selftest.lse_error([1e-5], [0.0]) == pytest.approx(1e-4)
     for actual, expected in ((1.0, np.inf), (np.inf, 1.0), (np.nan, 1.0), (np.nan, np.inf)):
         error = _selftest.lse_error([actual], [expected])
         assert not error <= _selftest.LSE_TOLERANCE
