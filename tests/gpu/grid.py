@@ -754,8 +754,11 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     runner = Runner(options.dtype)
     results = run_cases(problems, runner.run, options.out, facts["fingerprint"], options.time_limit)
-    command = shlex.join(["python", "tests/gpu/grid.py", *(arguments or sys.argv[1:])])
-    facts = {"command": command, "started": started, "dtype": options.dtype, **facts}
+    # The directory of the results says nothing to anybody else.
+    command = ["python", "tests/gpu/grid.py", "--out", options.out.name, "--dtype", options.dtype]
+    command += ["--filter", options.filter] if options.filter else []
+    command += ["--time-limit", f"{options.time_limit:g}"] if options.time_limit else []
+    facts = {"command": shlex.join(command), "started": started, "dtype": options.dtype, **facts}
     facts["seconds_of_last_run"] = round(time.monotonic() - start, 1)
     summary = summarise([p.name for p in problems], results, facts)
     text = json.dumps(summary, indent=2)
