@@ -415,8 +415,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         devices = _devices()
-    except RuntimeError as error:
-        print(f"{parser.prog}: JAX cannot start: {error}", file=sys.stderr)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a platform without its plugin
+        print(f"{parser.prog}: JAX cannot start: {str(error) or repr(error)}", file=sys.stderr)
         return 1
     config = _config(parser, options)
     found: dict[str, Any] = {
