@@ -59,6 +59,8 @@ int driver_version() {
 }  // namespace
 
 NB_MODULE(_ext, m) {
+  // Interpreters that end with objects still alive are not worth a report on stderr.
+  nb::set_leak_warnings(false);
   m.doc() = "Compiled part of jax_flashmla: XLA FFI handlers and their CUDA kernels.";
   m.def("registrations", &registrations, "Custom-call target names and their handlers.");
   m.def("build_info", &build_info, "Versions and architectures this extension was built with.");

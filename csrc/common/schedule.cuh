@@ -95,7 +95,7 @@ class PieceWalk {
       const int blocks = blocks_of(piece.length);
       const bool stops_here = request_ == end_request_;
       if (!batch_invariant_) {
-        piece.first_block = unit_;
+        piece.first_block = min(unit_, blocks);
         piece.end_block = stops_here ? min(end_unit_, blocks) : blocks;
         // Of a part's pieces only the first can start inside a request and only the last can
         // stop inside one, so two slots a part are enough.

@@ -66,7 +66,8 @@ ffi::Error dense_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_
   FLASHMLA_CHECK(kOp, rows * p.heads_kv <= INT32_MAX, shapes);
   FLASHMLA_CHECK(kOp, partial_dims[1] == p.heads_kv && partial_dims[2] == rows, shapes);
   FLASHMLA_CHECK(kOp, partial_dims[3] == p.head_dim_v && status->element_count() == 1, shapes);
-  FLASHMLA_CHECK(kOp, int64_t(partial_lse->element_count()) == p.num_slots * p.heads_kv * rows,
+  FLASHMLA_CHECK(kOp,
+                 int64_t(partial_lse->element_count()) == int64_t{p.num_slots} * p.heads_kv * rows,
                  shapes);
   // The slots follow from the schedule and must be there, or pieces would be written past the end.
   if (batch_invariant) {

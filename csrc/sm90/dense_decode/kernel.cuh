@@ -53,15 +53,18 @@ constexpr int kBarrierMathGroup = 2;  // + warpgroup index
 
 struct KernelParams {
   DenseDecodeParams p;
-  int rows;       // s_q * h_q / h_kv: rows of one request and KV head
-  int row_tiles;  // of 64 rows
-  int group;      // h_q / h_kv: query heads of a KV head
+  int rows;                  // s_q * h_q / h_kv: rows of one request and KV head
+  int row_tiles;             // of 64 rows
+  int group;                 // h_q / h_kv: query heads of a KV head
+  bool must_gather_queries;  // rows of a row tile do not lie side by side
 };
 
-// Tensor maps of the cache. Boxes of one sub-tile, or, for pages of whole blocks, of one copy.
-struct KeyMaps {
+// Tensor maps. Of the cache: boxes of one sub-tile, or, for pages of whole blocks, of one copy. Of
+// the queries: boxes of a row tile, only where a request's rows lie side by side (one KV head).
+struct TensorMaps {
   CUtensorMap copy;
   CUtensorMap sub_tile;
+  CUtensorMap queries;
 };
 
 // Which half of the values, hence which warpgroup, releases the RoPE sub-tile of a buffer: the one
@@ -98,7 +101,7 @@ __device__ __forceinline__ schedule::PieceWalk piece_walk(const KernelParams& kp
 
 // Keys: each buffer has a warp of its own, so that waiting for one does not hold up the other. The
 // lanes look up pages, one lane feeds the copy engine.
-__device__ __forceinline__ void load_keys(const KernelParams& kp, const KeyMaps& maps,
+__device__ __forceinline__ void load_keys(const KernelParams& kp, const TensorMaps& maps,
                                           SharedStorage& smem, int buffer, int part, int kv_head,
                                           int lane) {
   const int page_size = kp.p.page_size;
@@ -176,10 +179,28 @@ __device__ __forceinline__ void load_keys(const KernelParams& kp, const KeyMaps&
   }
 }
 
-// Queries: gathered row by row, since the rows of one KV head are strided over query tokens.
+// Queries of one KV head: a row tile is one box, and rows past the last are filled with zeros.
+__device__ __forceinline__ void copy_queries(const KernelParams& kp, const TensorMaps& maps,
+                                             SharedStorage& smem, int part, int row_tile) {
+  const uint64_t policy = ptx::evict_first_policy();
+  uint32_t empty_parity = 1;
+  schedule::PieceWalk walk = piece_walk(kp, part);
+  schedule::Piece piece;
+  while (walk.next(piece)) {
+    if (piece.first_block >= piece.end_block) continue;
+    ptx::mbarrier_wait(&smem.q_empty, empty_parity);
+    empty_parity ^= 1;
+    ptx::mbarrier_arrive_expect_tx(&smem.q_full, sizeof(smem.q));
+    ptx::tma_load_5d(smem.q, &maps.queries, &smem.q_full, policy, 0, row_tile * kRows, 0, 0,
+                     piece.request);
+  }
+}
+
+// Queries of several KV heads: gathered row by row, since those of one are strided over query
+// tokens.
 template <typename T>
-__device__ __forceinline__ void load_queries(const KernelParams& kp, SharedStorage& smem, int part,
-                                             int kv_head, int row_tile, int thread) {
+__device__ __forceinline__ void gather_queries(const KernelParams& kp, SharedStorage& smem,
+                                               int part, int kv_head, int row_tile, int thread) {
   constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
   constexpr int kLoaders = kQueryLoaderWarps * 32;
   const uint32_t q_base = ptx::smem_address(smem.q);
@@ -276,6 +297,7 @@ class MathGroup {
     if (has_odd) {
       ptx::mbarrier_wait(&smem_.p_full[1], parity_[1]);
       follow_max<1>();
+      wait_values<1>();
       zero_values_past_end<1>(piece, block + 1);
       values_from_shared<1>();
       wgmma::wait<0>();
@@ -296,8 +318,8 @@ class MathGroup {
     }
     ptx::mbarrier_wait(&smem_.p_full[0], parity_[0]);
     follow_max<0>();
-    zero_values_past_end<0>(piece, block);
     wait_values<0>();
+    zero_values_past_end<0>(piece, block);
     values_from_shared<0>();
     if (has_odd) {
       float factor[2];
@@ -449,6 +471,8 @@ class MathGroup {
   __device__ __forceinline__ void store_p(const uint32_t (&p)[4][4]) {
     const uint32_t base = ptx::smem_address(smem_.kv[kBuffer][kLastSubTile]);
     const int row = thread_ / 32 * 16 + lane_ % 16;
+    // The scores of all four warps have read the RoPE sub-tile that P is about to replace.
+    ptx::named_barrier_sync(kBarrierMathGroup + kGroup, 128);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int chunk = 2 * k + lane_ / 16;
@@ -474,7 +498,8 @@ class MathGroup {
     ptx::named_barrier_sync(kBarrierMathGroup + kGroup, 128);
   }
 
-  // The scores were computed by the other warpgroup; see its copies of the values too.
+  // The scores were computed by the other warpgroup, which waited for all copies. This one waits
+  // for its half itself, to see what has been copied.
   template <int kBuffer>
   __device__ __forceinline__ void wait_values() {
 #pragma unroll
@@ -679,7 +704,7 @@ __device__ __noinline__ void fill_nan(const KernelParams& kp, int kv_head, int r
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_decode_kernel(const __grid_constant__ KernelParams kp,
-                        const __grid_constant__ KeyMaps maps) {
+                        const __grid_constant__ TensorMaps maps) {
   extern __shared__ uint8_t shared_bytes[];
   SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
       (reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
@@ -692,7 +717,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&maps.copy);
     ptx::prefetch_tensor_map(&maps.sub_tile);
-    ptx::mbarrier_init(&smem.q_full, kQueryLoaderWarps);
+    ptx::mbarrier_init(&smem.q_full, kp.must_gather_queries ? kQueryLoaderWarps : 1);
     ptx::mbarrier_init(&smem.q_empty, kMathGroups * kWarpArrivals);
     for (int buffer = 0; buffer < kBuffers; ++buffer) {
       for (int copy = 0; copy < kCopies; ++copy) {
@@ -722,8 +747,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
     if (warp < kKeyLoaderWarps) {
       load_keys(kp, maps, smem, /*buffer=*/warp, part, kv_head, thread % 32);
+    } else if (!kp.must_gather_queries) {
+      if (thread == kKeyLoaderWarps * 32) copy_queries(kp, maps, smem, part, row_tile);
     } else {
-      load_queries<T>(kp, smem, part, kv_head, row_tile, thread - kKeyLoaderWarps * 32);
+      gather_queries<T>(kp, smem, part, kv_head, row_tile, thread - kKeyLoaderWarps * 32);
     }
   } else if (warpgroup == 0) {
     ptx::setmaxnreg_inc<kMathRegisters>();
