@@ -20,9 +20,11 @@ namespace flashmla::schedule {
 constexpr int kBlockTokens = 64;
 // Cost of starting a request within a part, in blocks: load of q, prologue, epilogue.
 constexpr int kOverheadBlocks = 5;
-// A part holds at least this many blocks besides the overhead: smaller ones cost more to merge
-// than they save.
-constexpr int kMinPayloadBlocks = 4;
+// The least share of a part, in blocks: smaller ones cost more to merge than they save.
+constexpr int kMinShareBlocks = 2;
+// Parts of whole requests only are preferred while the largest costs at most this many blocks more
+// than an even share: writing and merging partial results costs about as much.
+constexpr int kWholeRequestSlack = 8;
 // Batch-invariant splits: at most this many for one request, and at least this many blocks each.
 constexpr int kMaxInvariantSplits = 16;
 constexpr int kMinInvariantBlocks = 4;

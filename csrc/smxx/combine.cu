@@ -1,8 +1,8 @@
 // Merges the pieces of requests that the schedule cut: out = sum_i w_i out_i with
 // w_i = 2^(lse_i - lse), lse = log2 sum_i 2^lse_i, in ascending order of the pieces.
 //
-// A CTA takes kWarps rows of one request, a warp each. It reads from the schedule itself which
-// parts hold the request, so there is no second array that could disagree with the first.
+// A CTA takes some rows of one request. It reads from the schedule itself which parts hold the
+// request, so there is no second array that could disagree with the first.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -30,9 +30,15 @@ struct Slots {
   }
 };
 
+// Whether a group of CTAs is launched for each request, or for each part: whichever are fewer,
+// since a CTA that finds nothing to merge costs its launch.
+__host__ __device__ __forceinline__ bool merge_by_request(const DenseDecodeParams& p) {
+  return p.batch_invariant || p.batch <= p.num_parts;
+}
+
 // The request that `part` begins and leaves unfinished, if any: count is 0 otherwise. Every split
 // request has exactly one such part; the other pieces are the first ones of the parts after it.
-__device__ Slots find_slots(const DenseDecodeParams& p, int part, int* request) {
+__device__ Slots find_slots_of_part(const DenseDecodeParams& p, int part, int* request) {
   const schedule::Row row = schedule::load_row(p.schedule, part);
   *request = row.end_request;
   if (row.end_unit == 0 ||
@@ -52,6 +58,24 @@ __device__ Slots find_slots(const DenseDecodeParams& p, int part, int* request) 
   return {last_part - part + 1, int64_t{2} * part + 1, int64_t{2} * part, 2};
 }
 
+// The pieces of `request`, wherever it begins.
+__device__ Slots find_slots_of_request(const DenseDecodeParams& p, int request) {
+  __shared__ int first_part;
+  __shared__ int last_part;
+  for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
+    const schedule::Row row = schedule::load_row(p.schedule, part);
+    // Exactly one part holds (request, 0), and exactly one runs past the request.
+    const bool begins_by_then =
+        schedule::precedes_or_equals(row.begin_request, row.begin_unit, request, 0);
+    const bool goes_on =
+        row.end_request > request || (row.end_request == request && row.end_unit > 0);
+    if (begins_by_then && goes_on) first_part = part;
+    if (row.begin_request <= request && row.end_request > request) last_part = part;
+  }
+  __syncthreads();
+  return {last_part - first_part + 1, int64_t{2} * first_part + 1, int64_t{2} * first_part, 2};
+}
+
 __device__ Slots invariant_slots(const DenseDecodeParams& p, int request) {
   const int length = p.cache_seqlens[request];
   if (length > static_cast<int64_t>(p.table_width) * p.page_size) return {1, 0, 0, 0};
@@ -61,25 +85,60 @@ __device__ Slots invariant_slots(const DenseDecodeParams& p, int request) {
   return {splits, first, first, 1};
 }
 
-// Grid: (parts, or requests if batch_invariant) x groups of kWarps rows, flattened on x.
-template <typename T>
+// Sum of the pieces [begin, end) of one row, each weighted with 2^(its lse - offset). A lane holds
+// columns 4 * (32 * v + lane) + {0..3}.
+template <typename SlotRow>
+__device__ __forceinline__ void add_pieces(const DenseDecodeParams& p, SlotRow slot_row, int begin,
+                                           int end, float offset, float4 (&out)[kVectors]) {
+  const int lane = threadIdx.x % 32;
+  for (int base = begin; base < end; base += 32) {
+    // One load brings the weights of 32 pieces, so that those of the values need not wait.
+    float lse = -INFINITY;
+    if (base + lane < end) lse = p.partial_lse[slot_row(base + lane)];
+    const float weight = exp2f(lse - offset);
+    const int count = min(32, end - base);
+#pragma unroll 2
+    for (int i = 0; i < count; ++i) {
+      // An empty piece left its output unwritten.
+      if (__shfl_sync(0xffffffff, lse, i) == -INFINITY) continue;
+      const float piece_weight = __shfl_sync(0xffffffff, weight, i);
+      const float4* piece =
+          reinterpret_cast<const float4*>(p.partial_out + slot_row(base + i) * kDimV);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const float4 x = __ldcs(piece + v * 32 + lane);
+        out[v].x += piece_weight * x.x;
+        out[v].y += piece_weight * x.y;
+        out[v].z += piece_weight * x.z;
+        out[v].w += piece_weight * x.w;
+      }
+    }
+  }
+}
+
+// Grid: (requests or parts) x groups of rows, flattened on x. kWarpsPerRow
+// warps share the pieces of a row: consecutive runs, added up in ascending order.
+template <typename T, int kWarpsPerRow>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const DenseDecodeParams p, int rows, int row_groups) {
+  constexpr int kRowsPerCta = kWarps / kWarpsPerRow;
   // All results are NaN already, and stay so.
   if (*p.schedule_is_broken) return;
   const int row_group = blockIdx.x % row_groups;
   const int group = p.heads_q / p.heads_kv;
   int request = blockIdx.x / row_groups;
-  const Slots slots = p.batch_invariant ? invariant_slots(p, request)
-                                        : find_slots(p, /*part=*/blockIdx.x / row_groups, &request);
+  const Slots slots = p.batch_invariant     ? invariant_slots(p, request)
+                      : merge_by_request(p) ? find_slots_of_request(p, request)
+                                            : find_slots_of_part(p, request, &request);
   if (slots.count < 2) return;
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int flat_row = row_group * kWarps + warp;  // over KV heads x rows
-  if (flat_row >= p.heads_kv * rows) return;
-  const int kv_head = flat_row / rows;
-  const int row = flat_row % rows;
+  const int chunk = warp % kWarpsPerRow;
+  const int flat_row = row_group * kRowsPerCta + warp / kWarpsPerRow;  // over KV heads x rows
+  const bool valid = flat_row < p.heads_kv * rows;
+  const int kv_head = valid ? flat_row / rows : 0;
+  const int row = valid ? flat_row % rows : 0;
   const auto slot_row = [&](int piece) {
     return (slots[piece] * p.heads_kv + kv_head) * rows + row;
   };
@@ -94,6 +153,32 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = lane; i < slots.count; i += 32) sum += exp2f(p.partial_lse[slot_row(i)] - offset);
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
 
+  float4 out[kVectors] = {};
+  const int per_chunk = schedule::ceil_div(slots.count, kWarpsPerRow);
+  add_pieces(p, slot_row, chunk * per_chunk, min((chunk + 1) * per_chunk, slots.count), offset,
+             out);
+  if constexpr (kWarpsPerRow > 1) {
+    __shared__ float4 parts[kWarps][kVectors][32];
+    if (chunk > 0) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) parts[warp][v][lane] = out[v];
+    }
+    __syncthreads();
+    if (chunk > 0) return;
+#pragma unroll
+    for (int other = 1; other < kWarpsPerRow; ++other) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const float4 x = parts[warp + other][v][lane];
+        out[v].x += x.x;
+        out[v].y += x.y;
+        out[v].z += x.z;
+        out[v].w += x.w;
+      }
+    }
+  }
+  if (!valid) return;
+
   constexpr float kLn2 = 0.6931471805599453f;
   const bool empty = sum == 0.f;
   const float lse = empty ? INFINITY : (max + log2f(sum)) * kLn2;
@@ -103,24 +188,6 @@ __global__ void __launch_bounds__(kThreads)
   if (p.attn_sink != nullptr && !empty) {
     const int64_t base = p.sink_per_request ? static_cast<int64_t>(request) * p.heads_q : 0;
     factor /= 1.f + expf(p.attn_sink[base + head] - lse);
-  }
-
-  float4 out[kVectors] = {};
-  for (int i = 0; i < slots.count; ++i) {
-    const int64_t source = slot_row(i);
-    const float piece_lse = p.partial_lse[source];
-    // An empty piece left its output unwritten.
-    if (piece_lse == -INFINITY) continue;
-    const float weight = exp2f(piece_lse - offset);
-    const float4* piece = reinterpret_cast<const float4*>(p.partial_out + source * kDimV);
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const float4 x = piece[v * 32 + lane];
-      out[v].x += weight * x.x;
-      out[v].y += weight * x.y;
-      out[v].z += weight * x.z;
-      out[v].w += weight * x.w;
-    }
   }
   const int64_t out_row = (static_cast<int64_t>(request) * p.seq_q + token) * p.heads_q + head;
   uint2* target = reinterpret_cast<uint2*>(static_cast<T*>(p.out) + out_row * kDimV);
@@ -134,15 +201,25 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T>
+template <typename T, int kWarpsPerRow>
 Status launch(const DenseDecodeParams& p, cudaStream_t stream) {
   const int rows = p.seq_q * p.heads_q / p.heads_kv;
-  const int row_groups = schedule::ceil_div(rows * p.heads_kv, kWarps);
-  const int64_t ctas = static_cast<int64_t>(p.batch_invariant ? p.batch : p.num_parts) * row_groups;
+  const int row_groups = schedule::ceil_div(rows * p.heads_kv, kWarps / kWarpsPerRow);
+  const int64_t ctas =
+      static_cast<int64_t>(merge_by_request(p) ? p.batch : p.num_parts) * row_groups;
   if (ctas > INT32_MAX) return {cudaErrorInvalidConfiguration, "grid of the merge kernel"};
-  combine_kernel<T><<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(p, rows, row_groups);
+  combine_kernel<T, kWarpsPerRow>
+      <<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(p, rows, row_groups);
   FLASHMLA_RETURN_IF_ERROR(cudaGetLastError());
   return {};
+}
+
+template <typename T>
+Status launch(const DenseDecodeParams& p, cudaStream_t stream) {
+  // The order of additions, hence the variant, must not depend on the batch here.
+  if (p.batch_invariant) return launch<T, 4>(p, stream);
+  // Few requests in many pieces each, or many in few.
+  return p.num_parts >= 4 * p.batch ? launch<T, 8>(p, stream) : launch<T, 1>(p, stream);
 }
 
 }  // namespace

@@ -76,17 +76,22 @@ __device__ __forceinline__ int exclusive_scan(int value, int* scratch, int* tota
 }
 static_assert(kWarps == 32, "the second level of the scan is one warp");
 
-__device__ __forceinline__ void store_begin(const ScheduleParams& p, int part, Start start) {
-  const int4 stamp = {p.batch, p.row_tiles, schedule::expected_stamp(p.batch_invariant, p.sparse),
-                      p.num_parts};
-  int32_t* row = p.schedule + int64_t{8} * part;
+// While planning, columns 4 and 5 of a row hold the part's alternative: the request it would begin
+// with if no request is cut, and the cost of all requests before that one.
+constexpr int kWholeRequest = 4;
+constexpr int kCostBefore = 5;
+
+__device__ __forceinline__ int32_t* row_of(const ScheduleParams& p, int part) {
+  return p.schedule + int64_t{8} * part;
+}
+
+__device__ __forceinline__ void store_begin(const ScheduleParams& p, int part, Start start,
+                                            int whole_request, int cost_before) {
+  int32_t* row = row_of(p, part);
   row[0] = start.request;
   row[1] = start.unit;
-  reinterpret_cast<int4*>(row)[1] = stamp;
-  if (part > 0) {
-    row[2 - 8] = start.request;
-    row[3 - 8] = start.unit;
-  }
+  row[kWholeRequest] = whole_request;
+  row[kCostBefore] = cost_before;
 }
 
 __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleParams p) {
@@ -100,18 +105,15 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleParams
   int total;
   exclusive_scan(sum, scratch, &total);
   const int even = total / p.num_parts + (total % p.num_parts != 0 ? 1 : 0);
-  const int payload = max(even, schedule::kMinPayloadBlocks + schedule::kOverheadBlocks);
+  const int payload = max(even, schedule::kMinShareBlocks);
 
-  // Ends of the chain, and parts for which no work is left.
+  // Begins of the parts: the first, those for which no work is left, and below those in between.
   const int used_parts = min(p.num_parts, schedule::ceil_div(total, payload));
   for (int part = max(used_parts, 1) + threadIdx.x; part < p.num_parts; part += kThreads) {
-    store_begin(p, part, {p.batch, 0});
+    store_begin(p, part, {p.batch, 0}, p.batch, total);
   }
   if (threadIdx.x == 0) {
-    store_begin(p, 0, {0, 0});
-    int32_t* last = p.schedule + int64_t{8} * (p.num_parts - 1);
-    last[2] = p.batch;
-    last[3] = 0;
+    store_begin(p, 0, {0, 0}, 0, 0);
     p.num_splits[0] = 0;
   }
 
@@ -131,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleParams
       int part = max((begin + payload - 1) / payload, 1);
       for (; part < used_parts && static_cast<int64_t>(part) * payload < begin + weight; ++part) {
         const Start start = start_in_request(p, request, part * payload - begin, blocks);
-        store_begin(p, part, start);
+        store_begin(p, part, start, request, begin);
         if (start.unit > 0) ++splits;
       }
       if (p.batch_invariant) {
@@ -143,6 +145,36 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleParams
     if (valid) p.num_splits[request + 1] = split_begin + splits;
     weight_base += round_weight;
     split_base += round_splits;
+  }
+  __syncthreads();
+
+  // Cut no request if that leaves no part with much more than its share.
+  bool too_much = p.batch_invariant;
+  for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
+    const int end = part + 1 < p.num_parts ? row_of(p, part + 1)[kCostBefore] : total;
+    too_much |= end - row_of(p, part)[kCostBefore] > payload + schedule::kWholeRequestSlack;
+  }
+  const bool cut_requests = __syncthreads_or(too_much);
+  if (!cut_requests) {
+    for (int request = threadIdx.x; request < p.batch; request += kThreads) {
+      p.num_splits[request + 1] = request + 1;
+    }
+    for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
+      int32_t* row = row_of(p, part);
+      row[0] = row[kWholeRequest];
+      row[1] = 0;
+    }
+    __syncthreads();
+  }
+
+  // A part ends where the next one begins.
+  for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
+    int32_t* row = row_of(p, part);
+    const bool last = part + 1 == p.num_parts;
+    row[2] = last ? p.batch : row[8];
+    row[3] = last ? 0 : row[8 + 1];
+    reinterpret_cast<int4*>(row)[1] = {
+        p.batch, p.row_tiles, schedule::expected_stamp(p.batch_invariant, p.sparse), p.num_parts};
   }
 }
 

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 
 BLOCK = 64  # tokens
 OVERHEAD = 5  # cost of starting a request, in blocks: prologue, epilogue, merging
-MIN_PAYLOAD = 4  # blocks; a part is never smaller than this and an overhead
+MIN_SHARE = 2  # blocks; smaller parts cost more to merge than they save
+WHOLE_SLACK = 8  # blocks that an uneven share may cost before requests are cut to even it
 MAX_INVARIANT_SPLITS = 16  # bounds the workspace of batch-invariant calls
 MIN_INVARIANT_BLOCKS = 4  # blocks; a batch-invariant piece is never smaller unless it is the last
 
@@ -83,12 +84,17 @@ def boundaries(
     cost = blocks + OVERHEAD
     ends = jnp.cumsum(cost, dtype=jnp.int32)
     starts, total = ends - cost, ends[-1]
-    payload = jnp.maximum(
-        total // num_sm_parts + (total % num_sm_parts > 0), MIN_PAYLOAD + OVERHEAD
-    )
-    # At most total + num_sm_parts, or 9 * num_sm_parts: below 2^31 whatever fits in memory.
+    payload = jnp.maximum(total // num_sm_parts + (total % num_sm_parts > 0), MIN_SHARE)
+    # At most total + num_sm_parts, or 2 * num_sm_parts: below 2^31 whatever fits in memory.
     position = jnp.arange(num_sm_parts, dtype=jnp.int32) * payload
     request = jnp.searchsorted(starts, position, side="right").astype(jnp.int32) - 1
+    past = position >= total
+    # Whole requests only, each part from the request that its share begins in, unless that leaves
+    # a part with much more than its share. Batch-invariant requests are cut in any case.
+    whole = jnp.where(past, b, request)
+    first_cost = jnp.where(past, total, starts[request])
+    most = jnp.max(jnp.append(first_cost[1:], total) - first_cost)
+    keep_whole = (most <= payload + WHOLE_SLACK) & (not batch_invariant)
     n = blocks[request]
     unit = position - starts[request] - OVERHEAD
     if batch_invariant:
@@ -98,9 +104,8 @@ def boundaries(
     next_request = unit >= n
     request = jnp.where(next_request & (unit > 0), request + 1, request)
     unit = jnp.where(next_request, 0, jnp.maximum(unit, 0))
-    past = position >= total
-    request = jnp.where(past, b, request)
-    unit = jnp.where(past, 0, unit)
+    request = jnp.where(past | keep_whole, whole, request)
+    unit = jnp.where(past | keep_whole, 0, unit)
     end = jnp.array([b], jnp.int32)
     return jnp.concatenate([request, end]), jnp.concatenate([unit, end * 0])
 
