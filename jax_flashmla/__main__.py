@@ -138,7 +138,7 @@ def _versions() -> dict[str, str]:
 
 def _kernels() -> dict[str, Any]:
     """What was built: see ``_ffi.build_info``; also the names of the kernels."""
-    info, extension = _ffi.build_info(), _ffi._extension()
+    info, extension = _ffi.build_info(), _ffi.extension()
     return {
         "cuda": info["cuda"],
         "cuda_compiler": info.get("cuda_compiler"),

@@ -110,7 +110,7 @@ def _is_extension(path: str) -> bool:
 
 
 @functools.cache
-def _extension() -> ModuleType | None:
+def extension() -> ModuleType | None:
     """The compiled extension, None if there is none. A broken one raises ImportError."""
     if _EXTENSION in sys.modules:
         return sys.modules[_EXTENSION]
@@ -134,7 +134,7 @@ def build_info() -> dict[str, Any]:
     version), ``cuda_runtime`` (13000 for 13.0), ``architectures`` (a tuple like ``("90a",)``),
     ``ffi_api_version`` (the XLA FFI compiled against) and ``path`` of the extension.
     """
-    module = _extension()
+    module = extension()
     if module is None:
         return {"cuda": False, "architectures": ()}
     return {**module.build_info(), "path": module.__file__}
@@ -161,7 +161,7 @@ def _architecture_fits(architecture: str, compute_capability: str) -> bool:
 
 def kernels_decline(compute_capability: str) -> str | None:
     """Why the kernels cannot run on a GPU of this compute capability ("9.0"); None if they can."""
-    module = _extension()
+    module = extension()
     if module is None or not cuda_built():
         return (
             "this installation was built without CUDA kernels; set JAX_FLASHMLA_CUDA=ON in the "
@@ -194,7 +194,7 @@ def register() -> None:
     Raises ImportError if jaxlib is too old for the package or for the compiled handlers.
     """
     check_jaxlib(jaxlib.__version__)
-    module = _extension()
+    module = extension()
     if module is None:
         return
     info = module.build_info()

@@ -102,7 +102,7 @@ class Operation:
             raise TypeError(f"{self.name}: no operand is called {unknown}; it has {self.operands}")
         _dispatch.check_implementation(self.name, implementation)
         names = tuple(n for n in self.operands if operands.get(n) is not None)
-        arrays = _vary_alike([jnp.asarray(operands[n]) for n in names])
+        arrays = vary_alike([jnp.asarray(operands[n]) for n in names])
         items = tuple(sorted(static.items()))
         reason = self.declines({n: shape_of(a) for n, a in zip(names, arrays, strict=True)}, items)
         _dispatch.record(self.name, implementation, reason)
@@ -142,7 +142,7 @@ def shape_of(value: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(value.shape), value.dtype)
 
 
-def _vary_alike(arrays: list[Array]) -> list[Array]:
+def vary_alike(arrays: list[Array]) -> list[Array]:
     """Inside shard_map, marks all arrays as varying over the union of their manual mesh axes.
 
     JAX inserts these casts for its own primitives only. Outside shard_map nothing varies.
@@ -210,7 +210,7 @@ def _abstract_eval(op, *avals, names, static, implementation):
     results = []
     for name, shape in zip(op.results, shapes, strict=True):
         sharding = NamedSharding(mesh, _spec(division.axes_of(name, shape.shape)))
-        if in_mesh:  # keeps what the type says of manual axes; _vary_alike made it the same for all
+        if in_mesh:  # keeps what the type says of manual axes; vary_alike made it the same for all
             aval = in_mesh[0].update(
                 shape=shape.shape, dtype=shape.dtype, weak_type=False, sharding=sharding
             )
@@ -470,13 +470,13 @@ def _divide(op, present, specs, mesh_shape, *, explicit, results=()) -> _Divisio
         ):
             have = several(found)
             if have not in ((), may):
+                along = f" and shard the other operands along {' or '.join(op.split)}"
                 raise ValueError(
                     f"{op.name}: '{name}' of shape {shape} is sharded over mesh axes {have} along "
                     f"dimension '{letter}' of size {size}, and would be gathered whole on every "
-                    f"device. Keep it replicated over {have} and shard the other operands along "
-                    f"{' or '.join(op.split)}; or wrap the call in jax.shard_map so that each "
-                    "device attends to the part that it holds, and merge the results through "
-                    "their lse"
+                    f"device. Keep it replicated over {have}{along if op.split else ''}; or wrap "
+                    "the call in jax.shard_map so that each device attends to the part that it "
+                    "holds, and merge the results through their lse"
                 )
     return division
 

@@ -315,7 +315,8 @@ def flash_mla_with_kvcache(
     request's length anything at all. Values cannot be checked under ``jit``, so they have rules:
     a negative length counts as 0; a length past the capacity of the table, or a table entry
     within the length that is no page, makes ``out`` and ``lse`` of that request NaN; a NaN in a
-    token reaches the query tokens that attend to it. No other request is affected.
+    token reaches the query tokens that attend to it, and with ``causal`` the kernels may bring it
+    to the others of that request. No other request is affected.
 
     Args:
         q: [b, s_q, h_q, d] bfloat16 or float16; float32 runs on XLA only, and sparse kernels take

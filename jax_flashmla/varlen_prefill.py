@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jax_flashmla import _checks, _dispatch
-from jax_flashmla._primitive import Operation, _vary_alike
+from jax_flashmla._primitive import Operation, vary_alike
 from jax_flashmla.reference import varlen as reference
 
 Array = jax.Array
@@ -267,7 +267,7 @@ def _varlen(
     sequences = _sequences(cu_seqlens_qo, cu_seqlens_kv, q.shape[0], k.shape[0])
     # Inside shard_map q may vary over devices where k and v do not (one key head for all). Casting
     # here and not in the Operation puts the sum over devices into the gradient of the cast.
-    q, k, v, sequences = _vary_alike([*map(jnp.asarray, (q, k, v)), sequences])
+    q, k, v, sequences = vary_alike([*map(jnp.asarray, (q, k, v)), sequences])
     return _attention(q, k, v, sequences, softmax_scale, causal, implementation)
 
 

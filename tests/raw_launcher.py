@@ -20,7 +20,7 @@ from jax_flashmla.reference import scheduler
 
 def raw_module() -> Any:
     """The raw launchers of the compiled extension; RuntimeError without CUDA kernels."""
-    extension = _ffi._extension()
+    extension = _ffi.extension()
     if extension is None:
         raise RuntimeError("jax_flashmla was built without CUDA kernels")
     return extension.raw

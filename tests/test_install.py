@@ -195,7 +195,7 @@ def test_which_gpus_the_kernels_run_on():
 
 
 def test_without_an_extension_the_remedy_is_named(monkeypatch):
-    monkeypatch.setattr(_ffi, "_extension", lambda: None)
+    monkeypatch.setattr(_ffi, "extension", lambda: None)
     assert _ffi.build_info() == {"cuda": False, "architectures": ()}
     assert not _ffi.cuda_built()
     assert _ffi.cuda_architectures() == ()
@@ -233,7 +233,7 @@ def test_the_real_extension():
     assert info["cuda_runtime"] >= 12080
     assert "90a" in info["architectures"]
     assert info["ffi_api_version"] >= (0, 3)
-    names = set(_ffi._extension().registrations())
+    names = set(_ffi.extension().registrations())
     assert {"flashmla_dense_decode", "flashmla_metadata"} <= names
     # It may not need the driver or an installed CUDA runtime.
     needed = subprocess.run(["ldd", info["path"]], capture_output=True, text=True).stdout

@@ -87,7 +87,7 @@ def test_program_says_what_it_does(capsys, one_case, narrow):
 
 def test_no_cuda_is_one_line_with_the_switch(capsys, monkeypatch, one_case):
     monkeypatch.setattr(_ffi, "build_info", lambda: {"cuda": False, "architectures": ()})
-    monkeypatch.setattr(_ffi, "_extension", lambda: None)
+    monkeypatch.setattr(_ffi, "extension", lambda: None)
     monkeypatch.setattr(_decode_loop, "Loop", pytest.fail)
     found = {"versions": {}, "devices": [], "implementations": {}, "kernels": program._kernels()}
     program._describe_installation(program._Report(quiet=False), found)
@@ -99,7 +99,7 @@ def test_kernels_are_listed(capsys, monkeypatch):
     info = {"cuda": True, "architectures": ("90a",), "cuda_compiler": "13.0.88"}
     extension = type("Extension", (), {"registrations": lambda: {"flashmla_b": 1, "flashmla_a": 2}})
     monkeypatch.setattr(_ffi, "build_info", lambda: info)
-    monkeypatch.setattr(_ffi, "_extension", lambda: extension)
+    monkeypatch.setattr(_ffi, "extension", lambda: extension)
     found = {"versions": {}, "devices": [], "implementations": {}, "kernels": program._kernels()}
     program._describe_installation(program._Report(quiet=False), found)
     assert (

@@ -13,6 +13,8 @@ from mutations import MUTATIONS, Mutation
 
 import jax_flashmla
 
+pytestmark = pytest.mark.mutation
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(jax_flashmla.__file__).resolve().parent
 

@@ -40,6 +40,7 @@ struct SharedStorage {
   uint64_t kv_full[kBuffers][kCopies];
   uint64_t kv_empty[kBuffers][2];  // [.][h]: the value half of warpgroup h
   uint64_t p_full[kBuffers];       // P of the block in the buffer, and its row_max
+  uint64_t sums_full;              // row_sum of the piece
 };
 
 constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;  // slack to align the base
@@ -47,9 +48,8 @@ static_assert(kSharedBytes <= 227 * 1024);
 
 constexpr int kWarpArrivals = 4;  // one lane of each warp of a warpgroup
 
-// Named barriers.
-constexpr int kBarrierMath = 1;       // both math warpgroups
-constexpr int kBarrierMathGroup = 2;  // + warpgroup index
+// Named barrier of a math warpgroup: + its index.
+constexpr int kBarrierMathGroup = 1;
 
 struct KernelParams {
   DenseDecodeParams p;
@@ -570,14 +570,15 @@ class MathGroup {
   __device__ __forceinline__ void finish_piece(const schedule::Piece& piece) {
     // The two warpgroups end with the same maximum; their sums are of different blocks.
     float (&sums)[kMathGroups][kRows] = smem_.row_sum[piece_parity_];
-    piece_parity_ ^= 1;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       state_.sum[h] += __shfl_xor_sync(0xffffffff, state_.sum[h], 1);
       state_.sum[h] += __shfl_xor_sync(0xffffffff, state_.sum[h], 2);
       if (lane_ % 4 == 0) sums[kGroup][row_ + 8 * h] = state_.sum[h];
     }
-    ptx::named_barrier_sync(kBarrierMath, kMathThreads);
+    ptx::mbarrier_arrive(&smem_.sums_full);
+    ptx::mbarrier_wait(&smem_.sums_full, piece_parity_);
+    piece_parity_ ^= 1;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       // Both warpgroups add in the same order, so both get the same bits.
@@ -674,7 +675,7 @@ class MathGroup {
   int unmasked_tokens_;  // no row of the tile is masked before this token
   uint32_t parity_[kBuffers] = {0, 0};
   uint32_t q_parity_ = 0;
-  int piece_parity_ = 0;
+  uint32_t piece_parity_ = 0;
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -719,6 +720,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::prefetch_tensor_map(&maps.sub_tile);
     ptx::mbarrier_init(&smem.q_full, kp.must_gather_queries ? kQueryLoaderWarps : 1);
     ptx::mbarrier_init(&smem.q_empty, kMathGroups * kWarpArrivals);
+    ptx::mbarrier_init(&smem.sums_full, kMathThreads);
     for (int buffer = 0; buffer < kBuffers; ++buffer) {
       for (int copy = 0; copy < kCopies; ++copy) {
         ptx::mbarrier_init(&smem.kv_full[buffer][copy], 1);
