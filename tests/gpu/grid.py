@@ -601,7 +601,7 @@ def environment() -> dict[str, Any]:
 
     device = jax.devices()[0]
     info = _ffi.build_info()
-    extension = _ffi._extension()
+    extension = _ffi.extension()
     try:
         driver = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
