@@ -102,7 +102,7 @@ MUTATIONS = (
         DECODE,
         "keys = jnp.where(inside[:, :, None, None], keys, 0.0)",
         "keys = keys",
-        "test_dense_decode.py::test_agrees_with_oracle[other-sizes]",
+        "test_dense_decode.py::test_unused_slots_never_leak[nan-False]",
     ),
     Mutation(
         "a length past the table is served",
@@ -138,7 +138,7 @@ MUTATIONS = (
         SPARSE,
         "jnp.where(valid[..., None], load(jnp.maximum(slots, 0)), 0.0)",
         "load(jnp.maximum(slots, 0))",
-        "test_sparse_decode.py::test_nan_reaches_only_who_attends",
+        "test_sparse_decode.py::test_unused_slots_never_leak[nan]",
     ),
     # ---------------------------------------------------------------- caches
     Mutation(

@@ -177,10 +177,14 @@ def test_entries_past_the_length_are_never_used(small, clean, entry):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_unused_slots_never_leak(small, clean, poison):
-    cache = np.where(np.isnan(small.k_cache), np.float32(poison), small.k_cache)
-    for a, b in zip(run(small.call(), k_cache=cache), clean, strict=True):
+def test_unused_slots_never_leak(small, poison, causal):
+    def results(unused):
+        cache = np.where(np.isnan(small.k_cache), np.float32(unused), small.k_cache)
+        return run(small.call(), k_cache=cache, causal=causal)
+
+    for a, b in zip(results(poison), results(0), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

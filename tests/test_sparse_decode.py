@@ -229,12 +229,20 @@ def test_two_caches_are_one_union(small):
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_unused_slots_never_leak(small, clean, poison):
-    cache, extra = (
-        np.where(np.isnan(x.data), np.float32(poison), x.data)
-        for x in (small.cache, small.extra_cache)
-    )
-    same(run(call_of(small), k_cache=cache, extra_k_cache=extra), clean)
+def test_unused_slots_never_leak(small, poison):
+    # Nobody attends to slot 0, the one that an invalid index may be replaced with.
+    indices, extra_indices = (np.where(x == 0, -1, x) for x in (small.indices, small.extra_indices))
+
+    def results(unused):
+        caches = []
+        for cache in (small.cache, small.extra_cache):
+            data = np.where(np.isnan(cache.data), np.float32(unused), cache.data)
+            data[0, 0] = unused
+            caches.append(data)
+        call = call_of(dataclasses.replace(small, indices=indices, extra_indices=extra_indices))
+        return run(call, k_cache=caches[0], extra_k_cache=caches[1])
+
+    same(results(poison), results(0))
 
 
 def test_nan_reaches_only_who_attends(small, clean):
