@@ -3,7 +3,8 @@
 //
 // One CTA. The prefix sum of the requests' weights goes through a sequence of CTA-wide scans; the
 // start of part p is the request whose weights hold p * payload, found by whichever thread owns
-// that request, so nothing walks the parts one after the other.
+// that request. So the parts are walked over one after the other only as far as they begin in one
+// request: a batch of one with 132 parts takes 10 us, 128 requests take 4 to 5.
 #include "common/schedule.h"
 #include "launch.h"
 
