@@ -391,3 +391,18 @@ def check_norm(op, result, got, want, bound=RELATIVE_NORM):
     finite = np.isfinite(want)
     norm = relative_norm(got[finite], want[finite])
     assert norm <= bound, f"{op} {result}: relative norm of the error {norm:.3e} > {bound}"
+
+
+def check_decode(op, inputs, got):
+    """``(out, lse)`` of a decode call, within the tolerances of ``op``.
+
+    By norm where scores are peaked or keep rising: see DenseCase in cases.py.
+    """
+    out, lse = inputs.expected()
+    assert got[0].dtype == inputs.q.dtype and got[1].dtype == np.float32
+    if inputs.case.scores == "flat":
+        check(op, "out", got[0], out)
+        check(op, "lse", got[1], lse)
+    else:
+        check_norm(op, "out", got[0], out)
+        check_norm(op, "lse", got[1], lse, bound=1e-5)
