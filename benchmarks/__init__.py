@@ -1,1 +1,13 @@
-"""Benchmarks of the CUDA kernels: ``python -m benchmarks``, from a checkout, on a GPU."""
+"""Benchmarks of the CUDA kernels: ``python -m benchmarks``, from a checkout, on a GPU.
+
+``measure`` and ``inside_jax`` time, ``sections`` says what a run consists of, ``report`` and
+``plots`` show results, ``targets`` judges them. The cases are those of tests/cases.py.
+"""
+
+import sys
+from pathlib import Path
+
+# Cases and the raw launchers are the tests' own.
+_TESTS = str(Path(__file__).resolve().parents[1] / "tests")
+if _TESTS not in sys.path:
+    sys.path.insert(0, _TESTS)

@@ -1,0 +1,201 @@
+"""Results as tables, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Result = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column: its head, its width (negative: flush left) and what stands in it for a row."""
+
+    head: str
+    width: int
+    text: Callable[[Row], str]
+
+    def align(self, text: str) -> str:
+        """The text in the column's width."""
+        return text.ljust(-self.width) if self.width < 0 else text.rjust(self.width)
+
+
+def _number(key: str, head: str, width: int, form: str) -> Column:
+    def text(row: Row) -> str:
+        value = row.get(key)
+        return "-" if value is None else format(value, form)
+
+    return Column(head, width, text)
+
+
+def bound_by(row: Row) -> str | None:
+    """Which of the two ceilings the case meets first, "read" or "matmul"; None if unknown."""
+    read, matmul = row.get("of_read_ceiling"), row.get("of_matmul_ceiling")
+    if read is None or matmul is None:
+        return None
+    return "read" if read >= matmul else "matmul"
+
+
+def _fraction(ceiling: str) -> Column:
+    """The fraction of a ceiling, marked where this is the one that bounds the case."""
+
+    def text(row: Row) -> str:
+        value = row.get(f"of_{ceiling}_ceiling")
+        if value is None:
+            return "- "
+        return f"{value:.0%}" + ("*" if bound_by(row) == ceiling else " ")
+
+    return Column(ceiling, 8, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The table of one section."""
+
+    title: str
+    columns: tuple[Column, ...]
+
+    def header(self) -> str:
+        """The line above the rows."""
+        return " ".join(c.align(c.head) for c in self.columns).rstrip()
+
+    def line(self, row: Row) -> str:
+        """A row."""
+        return " ".join(c.align(c.text(row)) for c in self.columns).rstrip()
+
+
+_NAME = Column("case", -32, lambda row: row["name"])
+_US = _number("us", "us", 9, ".1f")
+_RATES = (_number("gb_per_s", "GB/s", 6, ".0f"), _number("tflop_per_s", "TFLOP/s", 8, ".0f"))
+_RAW = _number("raw_us", "raw us", 9, ".1f")
+_DECODE = (
+    _NAME,
+    _US,
+    *_RATES,
+    _fraction("read"),
+    _fraction("matmul"),
+    _number("peer_us", "peer us", 9, ".1f"),
+    _number("peer_over_ours", "peer/ours", 9, ".2f"),
+)
+
+TABLES = {
+    "rows": Table("Dense decode; fractions of the ceilings, * of the one that bounds it", _DECODE),
+    "sweep": Table("Dense decode, uniform lengths, for the curves", _DECODE),
+    "inside_jax": Table(
+        "Time inside JAX, for each call of a jitted program; raw: the kernels alone",
+        (
+            _NAME,
+            _number("calls", "calls", 5, "d"),
+            _US,
+            _RAW,
+            _number("overhead_us", "overhead", 9, ".2f"),
+            _number("query_us", "of query", 9, ".2f"),
+            _number("schedule_us", "schedule", 9, ".2f"),
+            _number("xla_us", "XLA", 7, ".2f"),
+        ),
+    ),
+    "xla": Table(
+        "implementation='xla'",
+        (_NAME, _US, *_RATES, _RAW, _number("over_raw", "xla/raw", 9, ".1f")),
+    ),
+    "batch_invariant": Table(
+        "batch_invariant=True beside the ordinary schedule",
+        (
+            _NAME,
+            _US,
+            _number("ordinary_us", "ordinary", 9, ".1f"),
+            _number("over_ordinary", "ratio", 7, ".2f"),
+        ),
+    ),
+    "metadata": Table(
+        "get_mla_metadata, in us: the scheduler kernel for 132 parts",
+        (
+            _number("b", "requests", 9, "d"),
+            _number("uniform_us", "uniform", 9, ".1f"),
+            _number("varying_us", "varying", 9, ".1f"),
+            _number("batch_invariant_us", "invariant", 9, ".1f"),
+            _number("peer_us", "peer", 9, ".1f"),
+        ),
+    ),
+}
+
+
+def geometric_mean(ratios: Iterable[float]) -> float | None:
+    """None of nothing."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def mean_over_peer(rows: Iterable[Row]) -> float | None:
+    """Geometric mean of peer/ours over the rows that have it."""
+    return geometric_mean(r["peer_over_ours"] for r in rows if r.get("peer_over_ours"))
+
+
+def ceilings_line(limits: dict[str, float]) -> str:
+    """The two ceilings of a run."""
+    if not limits:
+        return "ceilings: not measured"
+    return (
+        f"ceilings: {limits['read_gb_per_s']:.0f} GB/s read, "
+        f"{limits['bf16_matmul_tflop_per_s']:.0f} TFLOP/s bf16 matrix product"
+    )
+
+
+def summary_line(section: str, rows: list[Row]) -> str | None:
+    """What to say below the rows of a section."""
+    if section == "rows":
+        count = sum(1 for row in rows if row.get("peer_over_ours"))
+        mean = mean_over_peer(rows)
+        return mean and f"geometric mean of peer/ours over {count} cases: {mean:.3f}"
+    if section == "batch_invariant" and rows:
+        worst = max(rows, key=lambda row: row["over_ordinary"])
+        mean = geometric_mean(row["over_ordinary"] for row in rows)
+        return (
+            f"geometric mean of the ratio: {mean:.2f}; highest {worst['over_ordinary']:.2f} "
+            f"({worst['name']})"
+        )
+    return None
+
+
+def full_text(result: Result) -> str:
+    """All tables of a result."""
+    keys = ("gpu", "driver", "jax", "jax_flashmla", "date")
+    lines = [", ".join(f"{key} {result[key]}" for key in keys if key in result)]
+    lines.append(ceilings_line(result.get("ceilings") or {}))
+    for section, table in TABLES.items():
+        rows = result.get(section)
+        if not rows:
+            continue
+        lines += ["", table.title, table.header(), *map(table.line, rows)]
+        summary = summary_line(section, rows)
+        lines += [summary] if summary else []
+    for error in result.get("errors", ()):
+        lines.append(f"failed: {error['section']} {error['case'] or ''}: {error['error']}")
+    return "\n".join(lines)
+
+
+def save(out: Path, result: Result) -> None:
+    """Writes OUT.json, and OUT.csv with the rows beside the peer if there are any."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    rows = result.get("rows")
+    if rows:
+        with out.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def load(path: Path) -> Result:
+    """A result that :func:`save` has written; OSError or ValueError if it is none."""
+    result = json.loads(path.read_text())
+    if not isinstance(result, dict) or not any(result.get(name) for name in TABLES):
+        raise ValueError("it holds no section of benchmark results")
+    return result
