@@ -1,30 +1,46 @@
 // Plans the tile schedule: see common/schedule.h for the format and reference/scheduler.py for the
 // same plan in jnp; both give the same integers.
 //
-// One CTA. The prefix sum of the requests' weights goes through a sequence of CTA-wide scans; the
-// start of part p is the request whose weights hold p * payload, found by whichever thread owns
-// that request. So the parts are walked over one after the other only as far as they begin in one
-// request: a batch of one with 132 parts takes 10 us, 128 requests take 4 to 5.
+// One CTA. The weights of the requests are summed up once; then each part finds by binary search
+// the request whose weights hold its position, part * payload. So the time does not depend on how
+// the parts are spread over the requests. Two forms, chosen by shapes only:
+//
+// - Up to 1024 requests and parts: a thread for each request and each part, all in registers and
+//   shared memory. This is latency, so scans take one barrier and divisions are kept few.
+// - Else the requests are grouped into at most 1024 segments. Only sums over segments are kept; the
+//   segments that parts begin in are read a second time, as is all of a batch-invariant batch.
+#include <algorithm>
+
+#include "common/ptx.cuh"
 #include "common/schedule.h"
 #include "launch.h"
 
 namespace flashmla {
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / 32;
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxWarps = kMaxThreads / 32;
+static_assert(kMaxWarps == 32, "the second level of a scan is one warp");
+constexpr unsigned kAllLanes = 0xffffffff;
 
-__device__ __forceinline__ int blocks_of_request(const ScheduleParams& p, int request) {
-  const auto clipped = [](const int32_t* lengths, int i, int value, int bound) {
-    const int length = lengths != nullptr ? lengths[i] : value;
-    return bound >= 0 ? min(length, bound) : length;
-  };
-  const int length = clipped(p.lengths, request, p.default_length, p.max_length);
-  const int extra = clipped(p.extra_lengths, request, p.extra_default_length, p.extra_max_length);
-  const int cap = max((1 << 30) / max(p.batch, 1) - schedule::kOverheadBlocks, 1);
-  const int64_t blocks =
-      static_cast<int64_t>(schedule::blocks_of(length)) + schedule::blocks_of(extra);
-  return static_cast<int>(blocks < cap ? blocks : cap);
+// ---------------------------------------------------------------------------------------------
+// Arithmetic
+// ---------------------------------------------------------------------------------------------
+
+FLASHMLA_HOST_DEVICE unsigned divide_up(unsigned a, unsigned b) { return (a + b - 1) / b; }
+
+// Number of pieces less one of a batch-invariant request: ceil(blocks / split) - 1. All requests
+// come through here, so it is done without a division by a variable.
+FLASHMLA_HOST_DEVICE int invariant_cuts(int blocks) {
+  using namespace schedule;
+  const int split = invariant_split_blocks(blocks);
+  if (split == kMinInvariantBlocks) {
+    return blocks > 0 ? (blocks - 1) / kMinInvariantBlocks : 0;
+  }
+  // kMaxInvariantSplits pieces hold the request; less those that it leaves empty.
+  int cuts = kMaxInvariantSplits - 1;
+  for (int spare = kMaxInvariantSplits * split - blocks; spare >= split; spare -= split) --cuts;
+  return cuts;
 }
 
 struct Start {
@@ -33,159 +49,490 @@ struct Start {
 };
 
 // Where the part starts whose share begins `x` into the weights of `request`.
-__device__ __forceinline__ Start start_in_request(const ScheduleParams& p, int request, int x,
-                                                  int blocks) {
-  const int y = x - schedule::kOverheadBlocks;
-  if (y <= 0) return {request, 0};
-  int unit = y;
+FLASHMLA_HOST_DEVICE Start start_in_request(bool batch_invariant, int request, int x, int blocks) {
+  int unit = x - schedule::kOverheadBlocks;
   int units = blocks;
-  if (p.batch_invariant) {
-    const int split = schedule::invariant_split_blocks(blocks);
-    unit = y / split;
-    units = schedule::ceil_div(blocks, split);
+  if (unit <= 0) return {request, 0};
+  if (batch_invariant) {
+    const unsigned split = schedule::invariant_split_blocks(blocks);
+    unit = static_cast<unsigned>(unit) / split;
+    units = static_cast<int>(divide_up(blocks, split));
     if (unit <= 0) return {request, 0};
   }
   if (unit >= units) return {request + 1, 0};
   return {request, unit};
 }
 
-// Sum over the CTA and exclusive prefix of this thread. `scratch` holds kWarps + 1 integers.
-__device__ __forceinline__ int exclusive_scan(int value, int* scratch, int* total) {
+// The even share of a part, in blocks. `total` is below 2^30.
+FLASHMLA_HOST_DEVICE int payload_of(int total, int num_parts) {
+  const int even = static_cast<int>(divide_up(total, num_parts));
+  return even > schedule::kMinShareBlocks ? even : schedule::kMinShareBlocks;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Weights of requests
+// ---------------------------------------------------------------------------------------------
+
+// What a request weighs: its blocks, at most `most_blocks` of them, and the overhead.
+// Every request of a large batch passes through here, so the instructions are counted.
+class Weights {
+ public:
+  __device__ __forceinline__ Weights(const ScheduleParams& p, int most_blocks)
+      : p_(p),
+        bound_(p.max_length >= 0 ? p.max_length : INT32_MAX),
+        extra_bound_(p.extra_max_length >= 0 ? p.extra_max_length : INT32_MAX),
+        least_(schedule::kOverheadBlocks),
+        most_(most_blocks + schedule::kOverheadBlocks) {
+    if (p.lengths == nullptr) least_ += blocks_of(p.default_length, bound_);
+    if (p.extra_lengths == nullptr) least_ += blocks_of(p.extra_default_length, extra_bound_);
+  }
+
+  // Those of the requests first, first + 32, ..; 0 for one past the batch. The loads of all rows
+  // are issued before the first is waited for.
+  template <int kRows>
+  __device__ __forceinline__ void load(int first, int (&weights)[kRows]) const {
+    const bool full = first + 32 * (kRows - 1) < p_.batch;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) weights[row] = least_;
+    if (p_.lengths != nullptr) add_blocks(p_.lengths, bound_, first, full, weights);
+    if (p_.extra_lengths != nullptr) {
+      add_blocks(p_.extra_lengths, extra_bound_, first, full, weights);
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) weights[row] = min(weights[row], most_);
+    if (full) return;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      if (first + 32 * row >= p_.batch) weights[row] = 0;
+    }
+  }
+
+  __device__ __forceinline__ int load(int request) const {
+    int weights[1];
+    load(request, weights);
+    return weights[0];
+  }
+
+ private:
+  // schedule::blocks_of in fewer instructions; at most 2^25.
+  __device__ __forceinline__ static int blocks_of(int length, int bound) {
+    constexpr unsigned kTokens = schedule::kBlockTokens;
+    return (static_cast<unsigned>(max(min(length, bound), 0)) + (kTokens - 1)) / kTokens;
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void add_blocks(const int32_t* lengths, int bound, int first,
+                                             bool full, int (&weights)[kRows]) const {
+    int loaded[kRows];
+    if (full) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) loaded[row] = lengths[first + 32 * row];
+    } else {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const int request = first + 32 * row;
+        loaded[row] = request < p_.batch ? lengths[request] : 0;
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) weights[row] += blocks_of(loaded[row], bound);
+  }
+
+  const ScheduleParams& p_;
+  int bound_;
+  int extra_bound_;
+  int least_;  // the overhead and what does not depend on the request
+  int most_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Scans and search
+// ---------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int warp_inclusive_scan(int value, int lane) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, value, step);
+    if (lane >= step) value += other;
+  }
+  return value;
+}
+
+struct Scan {
+  int before;  // sum of the values of earlier threads
+  int total;   // sum over the CTA
+};
+
+// One barrier: `sums` holds kMaxWarps integers that no other scan of the kernel uses, and every
+// warp sums them up for itself.
+__device__ __forceinline__ Scan cta_scan(int value, int* sums) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  int inclusive = value;
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(0xffffffff, inclusive, step);
-    if (lane >= step) inclusive += other;
-  }
-  __syncthreads();  // the scratch of the last call has been read
-  if (lane == 31) scratch[warp] = inclusive;
+  const int inclusive = warp_inclusive_scan(value, lane);
+  if (lane == 31) sums[warp] = inclusive;
   __syncthreads();
-  if (warp == 0) {
-    const int sum = scratch[lane];
-    int prefix = sum;
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffff, prefix, step);
-      if (lane >= step) prefix += other;
+  const int sum = lane < blockDim.x / 32 ? sums[lane] : 0;
+  const int prefix = warp_inclusive_scan(sum, lane);
+  return {__shfl_sync(kAllLanes, prefix - sum, warp) + inclusive - value,
+          __shfl_sync(kAllLanes, prefix, 31)};
+}
+
+// Index of the last of `count` >= 1 ascending integers that is <= position; the first one is.
+// For several positions at once, since a search is a chain of loads.
+template <int kPositions>
+__device__ __forceinline__ void find_last(const int* starts, int count,
+                                          const int (&positions)[kPositions],
+                                          int (&found)[kPositions]) {
+#pragma unroll
+  for (int i = 0; i < kPositions; ++i) found[i] = 0;
+  const int top = count > 1 ? 1 << (31 - __clz(count - 1)) : 0;
+#pragma unroll 1
+  for (int step = top; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < kPositions; ++i) {
+      const int next = found[i] + step;
+      if (next < count && starts[next] <= positions[i]) found[i] = next;
     }
-    scratch[lane] = prefix - sum;
-    if (lane == 31) scratch[kWarps] = prefix;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Few requests and parts
+// ---------------------------------------------------------------------------------------------
+
+// Thread i plans request i and part i.
+__global__ void __launch_bounds__(kMaxThreads)
+    small_schedule_kernel(const ScheduleParams p, int most_blocks) {
+  __shared__ int weight_sums[kMaxWarps];
+  __shared__ int cut_sums[kMaxWarps];
+  __shared__ unsigned cut_parts[kMaxWarps];  // a bit for each part that begins within a request
+  __shared__ int starts[kMaxThreads + 1];    // weights of the requests before; then the total
+  const int thread = threadIdx.x;
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const Weights weights(p, most_blocks);
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
+
+  const int weight = weights.load(thread);
+  const auto [start, total] = cta_scan(weight, weight_sums);
+  starts[thread] = start;
+  if (thread + 1 == blockDim.x) starts[blockDim.x] = total;
+  const int payload = payload_of(total, p.num_parts);
+  // For num_splits: the last part that begins before the end of this request, and the pieces of
+  // the requests before if those do not depend on the parts.
+  const bool is_request = thread < p.batch;
+  const int last_part = is_request ? static_cast<unsigned>(start + weight - 1) / payload : 0;
+  int cuts = 0;
+  if (p.batch_invariant) {
+    const int own = is_request ? invariant_cuts(weight - schedule::kOverheadBlocks) : 0;
+    cuts = cta_scan(own, cut_sums).before + own;
   }
   __syncthreads();
-  *total = scratch[kWarps];
-  return scratch[warp] + inclusive - value;
+
+  // This part and the next one, which begins where this one ends; spare threads repeat the last.
+  // The position after the last part's is past all weights, as those of parts without work are.
+  // None is above total + num_parts, or 2 * num_parts.
+  const int part = min(thread, p.num_parts - 1);
+  const int positions[2] = {part * payload, (part + 1) * payload};
+  int requests[2];
+  find_last(starts, p.batch, positions, requests);
+  Start begins[2];
+  int costs[2];  // of the requests before the one that the position is in
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (positions[i] >= total) {
+      requests[i] = p.batch;
+      begins[i] = {p.batch, 0};
+      costs[i] = total;
+    } else {
+      costs[i] = starts[requests[i]];
+      const int blocks = starts[requests[i] + 1] - costs[i] - schedule::kOverheadBlocks;
+      begins[i] = start_in_request(p.batch_invariant, requests[i], positions[i] - costs[i], blocks);
+    }
+  }
+
+  // Cut no request if that leaves no part with much more than its share.
+  const bool too_much =
+      p.batch_invariant || costs[1] - costs[0] > payload + schedule::kWholeRequestSlack;
+  const unsigned cut_mask = __ballot_sync(kAllLanes, begins[0].unit > 0);
+  if (lane == 0) cut_parts[warp] = cut_mask;
+  const bool cut_requests = __syncthreads_or(too_much);
+  if (!cut_requests) {
+    begins[0] = {requests[0], 0};
+    begins[1] = {requests[1], 0};
+  } else if (!p.batch_invariant) {
+    // Those that cut this request or an earlier one are the cutting ones among the parts up to
+    // last_part.
+    const unsigned mask = lane < blockDim.x / 32 ? cut_parts[lane] : 0;
+    const int before = warp_inclusive_scan(__popc(mask), lane) - __popc(mask);
+    const int word = last_part / 32;
+    const unsigned up_to = (2u << last_part % 32) - 1;
+    cuts =
+        __shfl_sync(kAllLanes, before, word) + __popc(__shfl_sync(kAllLanes, mask, word) & up_to);
+  }
+  if (thread == 0) p.num_splits[0] = 0;
+  if (is_request) p.num_splits[thread + 1] = thread + 1 + cuts;
+  if (thread < p.num_parts) {
+    int4* row = reinterpret_cast<int4*>(p.schedule) + 2 * thread;
+    row[0] = {begins[0].request, begins[0].unit, begins[1].request, begins[1].unit};
+    row[1] = {p.batch, p.row_tiles, schedule::expected_stamp(p.batch_invariant, p.sparse),
+              p.num_parts};
+  }
 }
-static_assert(kWarps == 32, "the second level of the scan is one warp");
 
-// While planning, columns 4 and 5 of a row hold the part's alternative: the request it would begin
-// with if no request is cut, and the cost of all requests before that one.
-constexpr int kWholeRequest = 4;
-constexpr int kCostBefore = 5;
+// ---------------------------------------------------------------------------------------------
+// Many requests or parts
+// ---------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ int32_t* row_of(const ScheduleParams& p, int part) {
-  return p.schedule + int64_t{8} * part;
-}
+constexpr int kTileRows = 4;
+constexpr int kTile = 32 * kTileRows;  // requests that a warp takes together
+constexpr int kTilesAtOnce = 4;        // loads in flight while summing up: 16 a thread
+constexpr int kMaxSegments = kMaxThreads;
 
+// While planning, a row holds besides begin and end of the part those it would have if no request
+// is cut: (request, cost of all requests before that one) in columns 4 and 5, and 6 and 7.
 __device__ __forceinline__ void store_begin(const ScheduleParams& p, int part, Start start,
                                             int whole_request, int cost_before) {
-  int32_t* row = row_of(p, part);
-  row[0] = start.request;
-  row[1] = start.unit;
-  row[kWholeRequest] = whole_request;
-  row[kCostBefore] = cost_before;
+  int2* row = reinterpret_cast<int2*>(p.schedule) + int64_t{4} * part;
+  if (part < p.num_parts) {
+    row[0] = {start.request, start.unit};
+    row[2] = {whole_request, cost_before};
+  }
+  if (part > 0) {  // the one before ends here
+    row[-3] = {start.request, start.unit};
+    row[-1] = {whole_request, cost_before};
+  }
 }
 
-__global__ void __launch_bounds__(kThreads) schedule_kernel(const ScheduleParams p) {
-  __shared__ int scratch[kWarps + 1];
+// What a warp keeps of the tile of requests it looks for parts in.
+struct TileScratch {
+  int starts[kTile + 1];
+  int cuts[kTile];
+};
 
-  // Total weight, hence the share of a part.
-  int sum = 0;
-  for (int request = threadIdx.x; request < p.batch; request += kThreads) {
-    sum += blocks_of_request(p, request) + schedule::kOverheadBlocks;
-  }
-  int total;
-  exclusive_scan(sum, scratch, &total);
-  const int even = total / p.num_parts + (total % p.num_parts != 0 ? 1 : 0);
-  const int payload = max(even, schedule::kMinShareBlocks);
-
-  // Begins of the parts: the first, those for which no work is left, and below those in between.
-  const int used_parts = min(p.num_parts, schedule::ceil_div(total, payload));
-  for (int part = max(used_parts, 1) + threadIdx.x; part < p.num_parts; part += kThreads) {
-    store_begin(p, part, {p.batch, 0}, p.batch, total);
-  }
-  if (threadIdx.x == 0) {
-    store_begin(p, 0, {0, 0}, 0, 0);
-    p.num_splits[0] = 0;
-  }
-
-  int weight_base = 0;  // of the requests of earlier rounds
-  int split_base = 0;
-  for (int base = 0; base < p.batch; base += kThreads) {
-    const int request = base + threadIdx.x;
-    const bool valid = request < p.batch;
-    const int blocks = valid ? blocks_of_request(p, request) : 0;
-    const int weight = valid ? blocks + schedule::kOverheadBlocks : 0;
-    int round_weight;
-    const int begin = weight_base + exclusive_scan(weight, scratch, &round_weight);
-
-    // Parts 1.. whose share begins in this request.
-    int splits = valid ? 1 : 0;
-    if (valid) {
-      int part = max((begin + payload - 1) / payload, 1);
-      for (; part < used_parts && static_cast<int64_t>(part) * payload < begin + weight; ++part) {
-        const Start start = start_in_request(p, request, part * payload - begin, blocks);
-        store_begin(p, part, start, request, begin);
-        if (start.unit > 0) ++splits;
-      }
-      if (p.batch_invariant) {
-        splits = max(schedule::ceil_div(blocks, schedule::invariant_split_blocks(blocks)), 1);
+// Plans the parts that begin in the requests first .. end - 1, whose weights begin at `start`.
+// Unless batch_invariant, writes the cuts of these requests, summed up, to num_splits[1 + request]
+// and returns their sum.
+__device__ __forceinline__ int plan_segment(const ScheduleParams& p, const Weights& weights,
+                                            int payload, int first, int end, int start,
+                                            TileScratch& scratch) {
+  const int lane = threadIdx.x % 32;
+  int cuts_before = 0;
+  for (int tile = first; tile < end; tile += kTile) {
+    int tile_weights[kTileRows];
+    weights.load(tile + lane, tile_weights);
+    __syncwarp();  // the scratch of the tile before has been read
+    int tile_end = start;
+#pragma unroll
+    for (int row = 0; row < kTileRows; ++row) {
+      const int inclusive = warp_inclusive_scan(tile_weights[row], lane);
+      scratch.starts[32 * row + lane] = tile_end + inclusive - tile_weights[row];
+      scratch.cuts[32 * row + lane] = 0;
+      tile_end += __shfl_sync(kAllLanes, inclusive, 31);
+    }
+    if (lane == 0) scratch.starts[kTile] = tile_end;
+    __syncwarp();
+    const int part_end = divide_up(tile_end, payload);
+    for (int part = divide_up(start, payload) + lane; part < part_end; part += 32) {
+      const int positions[1] = {part * payload};
+      int found[1];
+      find_last(scratch.starts, kTile, positions, found);
+      const int cost = scratch.starts[found[0]];
+      const int blocks = scratch.starts[found[0] + 1] - cost - schedule::kOverheadBlocks;
+      const Start begin =
+          start_in_request(p.batch_invariant, tile + found[0], positions[0] - cost, blocks);
+      store_begin(p, part, begin, tile + found[0], cost);
+      if (begin.unit > 0) atomicAdd(&scratch.cuts[found[0]], 1);
+    }
+    if (!p.batch_invariant) {
+      __syncwarp();
+#pragma unroll
+      for (int row = 0; row < kTileRows; ++row) {
+        const int request = tile + 32 * row + lane;
+        const int inclusive = warp_inclusive_scan(scratch.cuts[32 * row + lane], lane);
+        if (request < end) p.num_splits[request + 1] = cuts_before + inclusive;
+        cuts_before += __shfl_sync(kAllLanes, inclusive, 31);
       }
     }
-    int round_splits;
-    const int split_begin = split_base + exclusive_scan(splits, scratch, &round_splits);
-    if (valid) p.num_splits[request + 1] = split_begin + splits;
-    weight_base += round_weight;
-    split_base += round_splits;
+    start = tile_end;
+  }
+  return cuts_before;
+}
+
+// Writes num_splits of the requests first .. end - 1, before which there are `cuts_before` cuts.
+// With `has_cuts` their own have been written there.
+__device__ __forceinline__ void write_splits(const ScheduleParams& p, const Weights& weights,
+                                             int first, int end, int cuts_before, bool has_cuts) {
+  const int lane = threadIdx.x % 32;
+  for (int tile = first; tile < end; tile += kTile) {
+    int cuts[kTileRows] = {};
+    if (p.batch_invariant) {
+      weights.load(tile + lane, cuts);
+      int base = 0;
+#pragma unroll
+      for (int row = 0; row < kTileRows; ++row) {
+        const int own = invariant_cuts(cuts[row] - schedule::kOverheadBlocks);
+        cuts[row] = base + warp_inclusive_scan(own, lane);
+        base = __shfl_sync(kAllLanes, cuts[row], 31);
+      }
+    } else if (has_cuts) {
+#pragma unroll
+      for (int row = 0; row < kTileRows; ++row) {
+        const int request = tile + 32 * row + lane;
+        if (request < end) cuts[row] = p.num_splits[request + 1];
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < kTileRows; ++row) {
+      const int request = tile + 32 * row + lane;
+      if (request < end) p.num_splits[request + 1] = request + 1 + cuts_before + cuts[row];
+    }
+    if (p.batch_invariant) cuts_before += __shfl_sync(kAllLanes, cuts[kTileRows - 1], 31);
+  }
+}
+
+// A segment is 2^log_segment_tiles tiles, and there are at most kMaxSegments.
+__global__ void __launch_bounds__(kMaxThreads)
+    large_schedule_kernel(const ScheduleParams p, int most_blocks, int log_segment_tiles) {
+  // For each segment its weight and its cuts, then the sums of those before it.
+  __shared__ int starts[kMaxSegments + 1];
+  __shared__ int cuts[kMaxSegments + 1];
+  __shared__ int weight_sums[kMaxWarps];
+  __shared__ int cut_sums[kMaxWarps];
+  __shared__ int busy[kMaxSegments];  // the segments that parts begin in, in any order
+  __shared__ int num_busy;
+  __shared__ TileScratch scratch[kMaxWarps];
+  const int thread = threadIdx.x;
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const Weights weights(p, most_blocks);
+  const int num_tiles = schedule::ceil_div(p.batch, kTile);
+  const int num_segments = schedule::ceil_div(num_tiles, 1 << log_segment_tiles);
+  const auto begin_of_segment = [&](int segment) { return segment * (kTile << log_segment_tiles); };
+  const auto end_of_segment = [&](int segment) {
+    return segment + 1 < num_segments ? begin_of_segment(segment + 1) : p.batch;
+  };
+  starts[thread] = 0;
+  cuts[thread] = 0;
+  if (thread == 0) num_busy = 0;
+  __syncthreads();
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
+
+  // Sums over segments.
+  for (int tile = kTilesAtOnce * warp; tile < num_tiles; tile += kTilesAtOnce * kMaxWarps) {
+    int values[kTilesAtOnce * kTileRows];
+    weights.load(tile * kTile + lane, values);
+#pragma unroll
+    for (int i = 0; i < kTilesAtOnce; ++i) {
+      int weight = 0;
+      int invariant = 0;
+#pragma unroll
+      for (int row = 0; row < kTileRows; ++row) {
+        const int value = values[kTileRows * i + row];
+        weight += value;
+        if (p.batch_invariant) invariant += invariant_cuts(value - schedule::kOverheadBlocks);
+      }
+      weight = __reduce_add_sync(kAllLanes, weight);
+      if (p.batch_invariant) invariant = __reduce_add_sync(kAllLanes, invariant);
+      if (lane == 0 && tile + i < num_tiles) {
+        atomicAdd(&starts[(tile + i) >> log_segment_tiles], weight);
+        if (p.batch_invariant) atomicAdd(&cuts[(tile + i) >> log_segment_tiles], invariant);
+      }
+    }
+  }
+  __syncthreads();
+  const int weight = starts[thread];
+  const auto [start, total] = cta_scan(weight, weight_sums);
+  const int payload = payload_of(total, p.num_parts);
+  starts[thread] = start;
+  if (divide_up(start, payload) < divide_up(start + weight, payload)) {
+    busy[atomicAdd(&num_busy, 1)] = thread;
+  }
+  const auto sum_up_cuts = [&] {
+    const Scan scan = cta_scan(cuts[thread], cut_sums);
+    cuts[thread] = scan.before;
+    if (thread == 0) cuts[kMaxSegments] = scan.total;
+  };
+  if (p.batch_invariant) sum_up_cuts();
+  __syncthreads();
+
+  // Begins of the parts; of those for which no work is left, and the end of the last one, first.
+#pragma unroll 1
+  for (int part = divide_up(total, payload) + thread; part <= p.num_parts; part += kMaxThreads) {
+    store_begin(p, part, {p.batch, 0}, p.batch, total);
+  }
+  for (int i = warp; i < num_busy; i += kMaxWarps) {
+    const int segment = busy[i];
+    const int segment_cuts = plan_segment(p, weights, payload, begin_of_segment(segment),
+                                          end_of_segment(segment), starts[segment], scratch[warp]);
+    if (!p.batch_invariant && lane == 0) cuts[segment] = segment_cuts;
   }
   __syncthreads();
 
   // Cut no request if that leaves no part with much more than its share.
+  if (!p.batch_invariant) sum_up_cuts();
   bool too_much = p.batch_invariant;
-  for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
-    const int end = part + 1 < p.num_parts ? row_of(p, part + 1)[kCostBefore] : total;
-    too_much |= end - row_of(p, part)[kCostBefore] > payload + schedule::kWholeRequestSlack;
+#pragma unroll 1
+  for (int part = thread; part < p.num_parts; part += kMaxThreads) {
+    const int4 whole = reinterpret_cast<const int4*>(p.schedule)[int64_t{2} * part + 1];
+    too_much |= whole.w - whole.y > payload + schedule::kWholeRequestSlack;
   }
   const bool cut_requests = __syncthreads_or(too_much);
+
+#pragma unroll 1
+  for (int part = thread; part < p.num_parts; part += kMaxThreads) {
+    int4* row = reinterpret_cast<int4*>(p.schedule) + int64_t{2} * part;
+    if (!cut_requests) row[0] = {row[1].x, 0, row[1].z, 0};
+    row[1] = {p.batch, p.row_tiles, schedule::expected_stamp(p.batch_invariant, p.sparse),
+              p.num_parts};
+  }
+  if (thread == 0) p.num_splits[0] = 0;
   if (!cut_requests) {
-    for (int request = threadIdx.x; request < p.batch; request += kThreads) {
+    for (int request = thread; request < p.batch; request += kMaxThreads) {
       p.num_splits[request + 1] = request + 1;
     }
-    for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
-      int32_t* row = row_of(p, part);
-      row[0] = row[kWholeRequest];
-      row[1] = 0;
-    }
-    __syncthreads();
+    return;
   }
+  for (int segment = warp; segment < num_segments; segment += kMaxWarps) {
+    write_splits(p, weights, begin_of_segment(segment), end_of_segment(segment), cuts[segment],
+                 cuts[segment] < cuts[segment + 1]);
+  }
+}
 
-  // A part ends where the next one begins.
-  for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
-    int32_t* row = row_of(p, part);
-    const bool last = part + 1 == p.num_parts;
-    row[2] = last ? p.batch : row[8];
-    row[3] = last ? 0 : row[8 + 1];
-    reinterpret_cast<int4*>(row)[1] = {
-        p.batch, p.row_tiles, schedule::expected_stamp(p.batch_invariant, p.sparse), p.num_parts};
-  }
+template <typename... Args>
+Status launch(void (*kernel)(Args...), int threads, cudaStream_t stream, Args... args) {
+  // May be launched before its predecessor has finished: both kernels wait for that.
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = 1;
+  config.blockDim = threads;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  FLASHMLA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, args...));
+  return {};
 }
 
 }  // namespace
 
 Status launch_schedule(const ScheduleParams& params, cudaStream_t stream) {
   if (params.num_parts < 1) return {cudaErrorInvalidValue, "num_parts >= 1"};
-  schedule_kernel<<<1, kThreads, 0, stream>>>(params);
-  FLASHMLA_RETURN_IF_ERROR(cudaGetLastError());
-  return {};
+  // Keeps the sum of all weights below 2^30.
+  const int even_cap = (1 << 30) / std::max(params.batch, 1) - schedule::kOverheadBlocks;
+  const int most_blocks = std::max(even_cap, 1);
+  const int most = std::max(params.batch, params.num_parts);
+  if (most <= kMaxThreads) {
+    return launch(&small_schedule_kernel, 32 * schedule::ceil_div(most, 32), stream, params,
+                  most_blocks);
+  }
+  int log_segment_tiles = 0;
+  while ((int64_t{kTile} * kMaxSegments << log_segment_tiles) < params.batch) ++log_segment_tiles;
+  return launch(&large_schedule_kernel, kMaxThreads, stream, params, most_blocks,
+                log_segment_tiles);
 }
 
 }  // namespace flashmla
