@@ -17,9 +17,14 @@ from jax_flashmla.reference import scheduler
 
 Operands = dict[str, Any]
 
-# Shapes of the dense decode kernel for sm_90a, see csrc/sm90/dense_decode/config.h.
-_DENSE_DIM = 576
-_DENSE_DIM_V = 512
+# What the dense decode kernel for sm_90a takes, see csrc/sm90/dense_decode/config.h: pairs of the
+# columns of a key, and of a value, and the models that have them.
+DENSE_DIMS = {
+    (576, 512): "DeepSeek V2, V3: kv_lora_rank 512 and 64 RoPE columns",
+    (512, 512): "all columns are values: no RoPE part in the cache, or one that counts (V4)",
+    (320, 256): "kv_lora_rank 256 and 64 RoPE columns",
+    (256, 256): "kv_lora_rank 256 without a RoPE part in the cache",
+}
 _MIN_PAGE_SIZE = 8
 
 _INT32_MAX = 2**31 - 1
@@ -89,10 +94,11 @@ def dense_decode_declines(
         return f"q has dtype {q.dtype.name}; the kernel takes bfloat16 and float16"
     if k_cache.dtype != q.dtype:
         return f"k_cache has dtype {k_cache.dtype.name} but q has {q.dtype.name}"
-    if q.shape[-1] != _DENSE_DIM or head_dim_v != _DENSE_DIM_V:
+    if (q.shape[-1], head_dim_v) not in DENSE_DIMS:
+        pairs = ", ".join(f"{d} and {dv}" for d, dv in DENSE_DIMS)
         return (
-            f"head dimensions are {q.shape[-1]} and head_dim_v={head_dim_v}; "
-            f"the kernel is for {_DENSE_DIM} and {_DENSE_DIM_V}"
+            f"head dimensions are {q.shape[-1]} and head_dim_v={head_dim_v}; the kernel takes "
+            f"the pairs {pairs}"
         )
     if not (
         (page_size > 0 and page_size % scheduler.BLOCK == 0)

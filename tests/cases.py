@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,14 +236,14 @@ def dense_grid(dtype: str = "bfloat16") -> Iterator[DenseCase]:
             yield _grid_case(*point, dtype=dtype)
 
 
-@functools.cache
-def dense_pairwise() -> tuple[DenseCase, ...]:
-    """A subset of the grid over bf16 and fp16 that has every pair of values that some point has.
+def _pairwise(
+    axes: dict[str, tuple], valid: Callable[[tuple], bool], cost: Callable[[tuple], int]
+) -> list[tuple]:
+    """Points of a grid that have every pair of values which some valid point has.
 
     Greedy and deterministic: the point with the most new pairs next, the cheapest of these.
     """
-    axes = {**GRID, "dtype": ("bfloat16", "float16")}
-    points = [p for p in itertools.product(*axes.values()) if p[3] % p[4] == 0]
+    points = [p for p in itertools.product(*axes.values()) if valid(p)]
     numbers: dict[tuple, int] = {}
 
     def pairs(point):
@@ -252,17 +252,67 @@ def dense_pairwise() -> tuple[DenseCase, ...]:
             mask |= 1 << numbers.setdefault((i, x, j, y), len(numbers))
         return mask
 
-    def cost(point):
-        b, s_q, s_k, h_q, h_kv = point[:5]
-        return b * s_k * (h_kv * 64 + h_q * s_q)
-
     masks = sorted(((pairs(p), p) for p in points), key=lambda item: cost(item[1]))
     missing = (1 << len(numbers)) - 1
     chosen = []
     while missing:
         mask, point = max(masks, key=lambda item: (item[0] & missing).bit_count())
         missing &= ~mask
-        chosen.append(_grid_case(*point))
+        chosen.append(point)
+    return chosen
+
+
+@functools.cache
+def dense_pairwise() -> tuple[DenseCase, ...]:
+    """A subset of the grid over bf16 and fp16 that has every pair of values that some point has."""
+
+    def cost(point):
+        b, s_q, s_k, h_q, h_kv = point[:5]
+        return b * s_k * (h_kv * 64 + h_q * s_q)
+
+    axes = {**GRID, "dtype": ("bfloat16", "float16")}
+    points = _pairwise(axes, lambda point: point[3] % point[4] == 0, cost)
+    return tuple(_grid_case(*point) for point in points)
+
+
+# What serving meets beyond the peer's grid: heads under tensor parallelism and around row tiles,
+# every page size the kernel tells apart, and more query tokens.
+SHAPES = {
+    "h_q": (1, 8, 10, 16, 20, 32, 63, 64, 65, 96, 100, 128, 160, 192, 256),
+    "h_kv": (1, 2),
+    "s_q": (1, 2, 3, 8, 64),
+    "page_size": (8, 16, 32, 64, 128, 256),
+    "lengths": ("uniform", "varying", (1, 64, 129, 511)),
+    "causal": (False, True),
+    "attn_sink": (False, True),
+    "dtype": ("bfloat16", "float16"),
+}
+
+
+@functools.cache
+def _shape_points() -> list[dict[str, Any]]:
+    def cost(point):
+        h_q, h_kv, s_q, _, lengths = point[:5]
+        return (2 if lengths == "varying" else 1) * (h_kv * 64 + h_q * s_q)
+
+    points = _pairwise(SHAPES, lambda point: point[0] % point[1] == 0, cost)
+    return [dict(zip(SHAPES, point, strict=True)) for point in points]
+
+
+def dense_shapes(d: int, dv: int) -> tuple[DenseCase, ...]:
+    """For these head dimensions, cases with every pair of values of ``SHAPES``."""
+    chosen = []
+    for point in _shape_points():
+        lengths = point["lengths"]
+        name = (
+            f"d{d}-{dv}-hq{point['h_q']}-hkv{point['h_kv']}-sq{point['s_q']}"
+            f"-page{point['page_size']}-{lengths if isinstance(lengths, str) else 'around'}"
+            f"{'-causal' if point['causal'] else ''}{'-sink' if point['attn_sink'] else ''}"
+            f"-{point['dtype']}"
+        )
+        s_k = 900 if lengths == "varying" else 400
+        case = DenseCase(name, 4, s_k, d=d, dv=dv, empty=lengths == "varying", **point)
+        chosen.append(case)
     return tuple(chosen)
 
 
@@ -280,6 +330,12 @@ def dense_small() -> tuple[DenseCase, ...]:
         small("float32-grouped-sink", h_kv=3, dtype="float32", attn_sink=True),
         small("sink", s_q=2, attn_sink=True),
         small("other-sizes", d=48, dv=32, page_size=16, h_kv=3),
+        small("512-512", d=512, s_q=2, causal=True, page_size=16),
+        small("512-512-fp16", d=512, h_q=65, attn_sink=True, dtype="float16"),
+        small("320-256", d=320, dv=256, h_kv=3, attn_sink=True, page_size=32),
+        small("320-256-fp16", d=320, dv=256, s_q=3, causal=True, dtype="float16"),
+        small("256-256", d=256, dv=256, s_q=8, causal=True),
+        small("256-256-fp16", d=256, dv=256, h_kv=3, page_size=8, dtype="float16"),
         small("odd-page", d=48, dv=48, page_size=7, s_q=2, causal=True),
         DenseCase("fewer-keys-than-queries", 4, 3, 4, s_q=4, causal=True, lengths=(0, 1, 3, 5)),
         DenseCase("many-heads", 2, 140, 128, s_q=2, causal=True),

@@ -439,7 +439,7 @@ def test_bad_calls_are_refused_while_tracing(nothing_launched):
         (prefill, {"kv": array(9, 2, 32, dtype=BF16)}, "one key head.*h_kv=2"),
         (sparse, {"implementation": "cuda"}, "no CUDA kernel"),
         (prefill, {"implementation": "cuda"}, "no CUDA kernel"),
-        (dense, {"implementation": "cuda"}, "head dimensions are 32"),
+        (dense, {"implementation": "cuda"}, "head dimensions are 32.*576 and 512"),
         (
             dense,
             {

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jax_flashmla import _cuda
 from jax_flashmla.cache import PagedKVCache
 from jax_flashmla.decode import dense_operation, flash_mla_with_kvcache
 from jax_flashmla.metadata import get_mla_metadata
@@ -460,6 +461,36 @@ def test_memory_of_the_largest_benchmark_is_bounded(causal):
     assert compiled.memory_analysis().temp_size_in_bytes < 512e6
 
 
+# ------------------------------------------------------------------ what the kernel takes
+
+
+def kernel_declines(d, dv, dtype=jnp.bfloat16, page_size=64):
+    operands = {
+        "q": jax.ShapeDtypeStruct((2, 1, 4, d), dtype),
+        "k_cache": jax.ShapeDtypeStruct((6, page_size, 1, d), dtype),
+        "block_table": jax.ShapeDtypeStruct((2, 3), jnp.int32),
+    }
+    static = {"cache_format": "plain", "page_size": page_size}
+    return _cuda.dense_decode_declines(operands, head_dim_v=dv, **static)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 192])
+def test_kernel_takes_these_head_dimensions(dtype, page_size):
+    assert set(_cuda.DENSE_DIMS) == {(576, 512), (512, 512), (320, 256), (256, 256)}
+    for d, dv in _cuda.DENSE_DIMS:
+        assert kernel_declines(d, dv, dtype, page_size) is None
+    assert "page_size is 48" in kernel_declines(320, 256, dtype, 48)
+
+
+@pytest.mark.parametrize("d,dv", [(576, 256), (512, 256), (320, 320), (256, 192), (192, 128)])
+def test_kernel_names_the_head_dimensions_it_takes(d, dv):
+    reason = kernel_declines(d, dv)
+    assert reason.startswith(f"head dimensions are {d} and head_dim_v={dv};")
+    for pair in _cuda.DENSE_DIMS:
+        assert f"{pair[0]} and {pair[1]}" in reason
+
+
 # ------------------------------------------------------------------ the lists of cases
 
 
@@ -479,6 +510,27 @@ def test_pairwise_subset_has_every_pair():
     assert {point(case) for case in subset} <= {point(case) for case in grid}
     assert {case.dtype for case in subset} == {"bfloat16", "float16"}
     assert len(subset) < 60
+
+
+@pytest.mark.parametrize("dims", _cuda.DENSE_DIMS, ids=lambda dims: f"{dims[0]}-{dims[1]}")
+def test_shapes_of_all_head_dimensions(dims):
+    chosen = cases.dense_shapes(*dims)
+    assert len({case.name for case in chosen}) == len(chosen) < 120
+    assert {(case.d, case.dv) for case in chosen} == {dims}
+    axes = tuple(cases.SHAPES)
+    pairs = {
+        ((x, getattr(case, x)), (y, getattr(case, y)))
+        for case in chosen
+        for x, y in itertools.combinations(axes, 2)
+    }
+    for x, y in itertools.combinations(axes, 2):
+        for a, b in itertools.product(cases.SHAPES[x], cases.SHAPES[y]):
+            assert ((x, a), (y, b)) in pairs or (x == "h_q" and y == "h_kv" and a % b)
+    small = {(case.d, case.dv, case.dtype) for case in cases.dense_small()}
+    assert {(*dims, "bfloat16"), (*dims, "float16")} <= small
+    row = cases.DenseCase("count", 2, 100, 8, s_q=2, d=dims[0], dv=dims[1])
+    assert row.flop() == 2 * 200 * 16 * sum(dims)
+    assert row.bytes() == 2 * (200 * dims[0] + 2 * 16 * sum(dims))
 
 
 def test_benchmark_rows_are_complete():
