@@ -39,7 +39,7 @@ from jax import lax  # noqa: E402
 
 from jax_flashmla import _dispatch, _ffi, _planning  # noqa: E402
 
-D, DV = 576, 512
+DIMS = (576, 512)
 
 # Tiles of the reference: work items (a request, a key head, 64 query rows) at a time, and tokens.
 _ITEMS, _ROWS, _TOKENS = 32, 64, 512
@@ -131,16 +131,16 @@ class Outcome:
 # On the device. Shapes are static; what a case is, comes as numbers.
 
 
-@functools.partial(_jit, static_argnames=("rows", "dtype"))
-def _random_rows(key: jax.Array, *, rows: int, dtype: str) -> jax.Array:
-    """Normal / 10 clamped to [-1, 1], [rows, 576], a slice at a time to bound the memory."""
+@functools.partial(_jit, static_argnames=("rows", "d", "dtype"))
+def _random_rows(key: jax.Array, *, rows: int, d: int, dtype: str) -> jax.Array:
+    """Normal / 10 clamped to [-1, 1], [rows, d], a slice at a time to bound the memory."""
     chunk = math.gcd(rows, 1 << 16)
 
     def one(index):
-        values = jax.random.normal(jax.random.fold_in(key, index), (chunk, D), jnp.float32)
+        values = jax.random.normal(jax.random.fold_in(key, index), (chunk, d), jnp.float32)
         return jnp.clip(values * 0.1, -1, 1).astype(dtype)
 
-    return lax.map(one, jnp.arange(rows // chunk)).reshape(rows, D)
+    return lax.map(one, jnp.arange(rows // chunk)).reshape(rows, d)
 
 
 @_jit
@@ -158,20 +158,20 @@ def _poisoned(pool: jax.Array, counts: jax.Array, numbers: dict[str, jax.Array])
 @_jit
 def _count_rows(cache: jax.Array) -> jax.Array:
     """How many rows begin and end with a number, and how many with NaN."""
-    nan = jnp.isnan(cache[:, :: D - 1])
+    nan = jnp.isnan(cache[:, :: cache.shape[1] - 1])
     return jnp.stack([jnp.sum(~nan.any(axis=1)), jnp.sum(nan.all(axis=1))])
 
 
-@functools.partial(_jit, static_argnames=("rows", "dtype"))
-def _fresh_results(*, rows: int, dtype: str) -> tuple[jax.Array, jax.Array]:
-    return jnp.full((rows, DV), jnp.nan, dtype), jnp.full((rows,), jnp.nan, jnp.float32)
+@functools.partial(_jit, static_argnames=("rows", "dv", "dtype"))
+def _fresh_results(*, rows: int, dv: int, dtype: str) -> tuple[jax.Array, jax.Array]:
+    return jnp.full((rows, dv), jnp.nan, dtype), jnp.full((rows,), jnp.nan, jnp.float32)
 
 
-@functools.partial(_jit, static_argnames=("rows",))
-def _fresh_workspace(*, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+@functools.partial(_jit, static_argnames=("rows", "dv"))
+def _fresh_workspace(*, rows: int, dv: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     # One value more in the second, so that nothing can make them one buffer.
     return (
-        jnp.full((rows, DV), jnp.nan, jnp.float32),
+        jnp.full((rows, dv), jnp.nan, jnp.float32),
         jnp.full((rows + 1,), jnp.nan, jnp.float32),
         jnp.full((1,), -1, jnp.int32),
     )
@@ -241,7 +241,7 @@ def _compare(
     Items are int32[., 3]: request, key head, first query row of the (query token, head) rows of
     that key head; the longest requests first, so that those done together are of similar length.
     """
-    n = numbers
+    n, dv = numbers, out.shape[1]
     group = n["h_q"] // n["h_kv"]
 
     def chunk(number, state):
@@ -276,11 +276,11 @@ def _compare(
             return (
                 new_top,
                 total * factor + weights.sum(axis=-1),
-                weighted * factor[..., None] + _product("irt,itv->irv", weights, keys[..., :DV]),
+                weighted * factor[..., None] + _product("irt,itv->irv", weights, keys[..., :dv]),
             )
 
         shape = (_ITEMS, _ROWS)
-        start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, DV)))
+        start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, dv)))
         blocks = (jnp.max(length) + _TOKENS - 1) // _TOKENS
         top, total, weighted = lax.fori_loop(0, blocks, block, start)
         seen = total > 0
@@ -294,7 +294,7 @@ def _compare(
         bad, error, sums = _judge(
             got, want, valid[..., None], oracle.TOLERANCES["dense_decode", "out"]
         )
-        index = out_row[..., None] * DV + jnp.arange(DV)
+        index = out_row[..., None] * dv + jnp.arange(dv)
         bad_lse, error_lse, sums_lse = _judge(
             got_lse, want_lse, valid, oracle.TOLERANCES["dense_decode", "lse"]
         )
@@ -357,14 +357,14 @@ def _cosine_difference(sums: np.ndarray) -> float:
 
 
 class Runner:
-    """Runs problems of one dtype; everything large is made once."""
+    """Runs problems of one dtype and pair (d, dv); everything large is made once."""
 
-    def __init__(self, dtype: str, sizes: Sizes | None = None):
-        self.dtype, self.sizes = dtype, sizes or Sizes()
+    def __init__(self, dtype: str, sizes: Sizes | None = None, dims: tuple[int, int] = DIMS):
+        self.dtype, self.sizes, self.dims = dtype, sizes or Sizes(), dims
         key = jax.random.key(0 if dtype == "bfloat16" else 1)
         first, second = jax.random.split(key)
-        self.pool = _random_rows(first, rows=self.sizes.cache_rows, dtype=dtype)
-        self.queries = _random_rows(second, rows=self.sizes.query_rows, dtype=dtype)
+        self.pool = _random_rows(first, rows=self.sizes.cache_rows, d=dims[0], dtype=dtype)
+        self.queries = _random_rows(second, rows=self.sizes.query_rows, d=dims[0], dtype=dtype)
 
     def run(self, problem: Problem, seed: int = 0) -> Outcome:
         """Runs one problem twice and compares.
@@ -406,7 +406,8 @@ class Runner:
 
     def _run(self, problem: Problem, seed: int) -> tuple[list[str], dict[str, float]]:
         case, sizes = problem.case, self.sizes
-        if case.dtype != self.dtype or case.scores != "flat" or (case.d, case.dv) != (D, DV):
+        d, dv = self.dims
+        if case.dtype != self.dtype or case.scores != "flat" or (case.d, case.dv) != (d, dv):
             raise ValueError(f"{problem.name}: not a case for this runner")
         rng = cases._rng(case, seed, "runner")
         lengths = case.cache_seqlens(seed)
@@ -458,9 +459,9 @@ class Runner:
             "sinks": put(_padded(sink, sizes.sinks, np.float32(np.nan), "sinks")),
             "schedule": put(np.full((sizes.parts, 8), -1, np.int32)),
             "num_splits": put(np.full(sizes.requests + 1, -1, np.int32)),
-            "workspace": _fresh_workspace(rows=sizes.partial_rows),
-            "results": _fresh_results(rows=sizes.out_rows, dtype=self.dtype),
-            "again": _fresh_results(rows=sizes.out_rows, dtype=self.dtype),
+            "workspace": _fresh_workspace(rows=sizes.partial_rows, dv=dv),
+            "results": _fresh_results(rows=sizes.out_rows, dv=dv, dtype=self.dtype),
+            "again": _fresh_results(rows=sizes.out_rows, dv=dv, dtype=self.dtype),
         }
         used_rows, nan_rows = np.asarray(_count_rows(self.cache)).tolist()
         tokens = int(lengths.astype(np.int64).sum())
@@ -483,13 +484,15 @@ class Runner:
 
         def launch(results):
             partial_out, partial_lse, status = on_device["workspace"]
-            row_bytes = D * self.queries.dtype.itemsize
+            row_bytes = d * self.queries.dtype.itemsize
             raw.raw_module().run(
                 raw.dense_decode_params(
                     b=b,
                     s_q=s_q,
                     h_q=h_q,
                     h_kv=h_kv,
+                    head_dim=d,
+                    head_dim_v=dv,
                     num_pages=num_pages,
                     page_size=case.page_size,
                     table_width=width,
@@ -567,7 +570,7 @@ class Runner:
         }
         # An infinite error is a NaN or an infinity where there should be none.
         by_element = (
-            ("out", "worst_bad", found["bad"], errors["out_abs"], DV),
+            ("out", "worst_bad", found["bad"], errors["out_abs"], case.dv),
             ("lse", "worst_bad_lse", found["bad_lse"], errors["lse_abs"], 1),
         )
         for result, worst, count, error, columns in by_element:

@@ -22,6 +22,8 @@ import cases  # noqa: E402
 import oracle  # noqa: E402
 from cases import DenseCase  # noqa: E402
 
+from jax_flashmla._cuda import DENSE_DIMS  # noqa: E402
+
 TOOLS = ("memcheck", "racecheck")
 _CASES: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {}
 
@@ -48,16 +50,14 @@ def _launcher(inputs: cases.DenseInputs, **options):
         cache_seqlens=jnp.asarray(inputs.cache_seqlens),
         softmax_scale=inputs.case.softmax_scale,
         causal=inputs.case.causal,
+        head_dim_v=inputs.case.dv,
         attn_sink=None if inputs.attn_sink is None else jnp.asarray(inputs.attn_sink),
         **options,
     )
 
 
 def _check_dense(inputs: cases.DenseInputs, **options) -> None:
-    out, lse = _launcher(inputs, **options).run()
-    expected_out, expected_lse = inputs.expected()
-    oracle.check("dense_decode", "out", out, expected_out)
-    oracle.check("dense_decode", "lse", lse, expected_lse)
+    oracle.check_decode("dense_decode", inputs, _launcher(inputs, **options).run())
 
 
 def _dense(name: str, case: DenseCase, tools: tuple[str, ...] = TOOLS, **options) -> None:
@@ -113,6 +113,39 @@ _dense(
     "batch-invariant-causal-fp16",
     DenseCase("", 3, 0, 9, h_kv=3, s_q=2, causal=True, dtype="float16", lengths=(1100, 0, 300)),
     batch_invariant=True,
+    num_sm_parts=3,
+)
+for _d, _dv in DENSE_DIMS:
+    # A request that is cut, one that is whole and none; two row tiles, the second not full.
+    _dense(
+        f"dims-{_d}-{_dv}",
+        DenseCase("", 3, 0, 65, d=_d, dv=_dv, lengths=(700, 0, 65), attn_sink=True),
+        num_sm_parts=3,
+    )
+    _dense(
+        f"dims-{_d}-{_dv}-causal-fp16-pages",
+        DenseCase(
+            "",
+            2,
+            0,
+            6,
+            s_q=2,
+            h_kv=2,
+            d=_d,
+            dv=_dv,
+            page_size=8,
+            dtype="float16",
+            causal=True,
+            lengths=(130, 70),
+        ),
+        MEMCHECK,
+        num_sm_parts=2,
+    )
+_dense("four-row-tiles", DenseCase("", 1, 300, 128, s_q=2, causal=True), num_sm_parts=2)
+_dense("three-row-tiles", DenseCase("", 2, 0, 160, lengths=(330, 64)), num_sm_parts=3)
+_dense(
+    "page-16-two-row-tiles",
+    DenseCase("", 2, 0, 128, page_size=16, lengths=(200, 37)),
     num_sm_parts=3,
 )
 
