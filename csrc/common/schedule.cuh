@@ -14,8 +14,8 @@ struct Expected {
 
 __device__ __forceinline__ Row load_row(const int32_t* schedule, int part) {
   const int4* rows = reinterpret_cast<const int4*>(schedule) + 2 * static_cast<int64_t>(part);
-  const int4 lo = __ldg(rows);
-  const int4 hi = __ldg(rows + 1);
+  const int4 lo = rows[0];
+  const int4 hi = rows[1];
   return Row{lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
 }
 
@@ -23,28 +23,26 @@ __device__ __forceinline__ bool precedes_or_equals(int r0, int u0, int r1, int u
   return r0 < r1 || (r0 == r1 && u0 <= u1);
 }
 
+// False if the row by itself cannot be one of a schedule for this call.
+__device__ __forceinline__ bool row_can_be_right(const Row& row, const Expected& expected) {
+  return row.batch == expected.batch && row.row_tiles == expected.row_tiles &&
+         row.stamp == expected.stamp && row.num_parts == expected.num_parts &&
+         row.begin_request >= 0 && row.begin_unit >= 0 && row.end_unit >= 0 &&
+         row.end_request <= expected.batch &&
+         (row.end_request != expected.batch || row.end_unit == 0) &&
+         precedes_or_equals(row.begin_request, row.begin_unit, row.end_request, row.end_unit);
+}
+
 // True if row `part` is no link of an unbroken chain from (0, 0) to (batch, 0) made for this
 // call. If no row is broken, the rows are a partition of the work, whatever else they hold.
 __device__ __forceinline__ bool row_is_broken(const int32_t* schedule, int part,
                                               const Expected& expected) {
   const Row row = load_row(schedule, part);
-  if (row.batch != expected.batch || row.row_tiles != expected.row_tiles ||
-      row.stamp != expected.stamp || row.num_parts != expected.num_parts) {
-    return true;
-  }
-  if (row.begin_request < 0 || row.begin_unit < 0 || row.end_unit < 0 ||
-      row.end_request > expected.batch ||
-      (row.end_request == expected.batch && row.end_unit != 0) ||
-      !precedes_or_equals(row.begin_request, row.begin_unit, row.end_request, row.end_unit)) {
-    return true;
-  }
-  if (part == 0 && (row.begin_request != 0 || row.begin_unit != 0)) {
-    return true;
-  }
-  if (part + 1 == expected.num_parts) {
-    return row.end_request != expected.batch;
-  }
-  const Row next = load_row(schedule, part + 1);
+  const bool last = part + 1 == expected.num_parts;
+  const Row next = load_row(schedule, last ? part : part + 1);
+  if (!row_can_be_right(row, expected)) return true;
+  if (part == 0 && (row.begin_request != 0 || row.begin_unit != 0)) return true;
+  if (last) return row.end_request != expected.batch;
   return next.begin_request != row.end_request || next.begin_unit != row.end_unit;
 }
 
@@ -68,26 +66,30 @@ struct Piece {
   bool poison;  // the length does not fit the table: the result is NaN
 };
 
-// Walks over the pieces of one part. Every warp role walks on its own and sees the same pieces.
+// Walks over the pieces of one part of a schedule that is not broken. Every warp role walks on its
+// own and sees the same pieces.
 class PieceWalk {
  public:
-  __device__ PieceWalk(const int32_t* schedule, int part, const int32_t* cache_seqlens,
-                       int64_t capacity, bool batch_invariant, int slots_per_request)
+  __device__ PieceWalk(const Row& row, int part, const int32_t* cache_seqlens, int64_t capacity,
+                       bool batch_invariant, int slots_per_request)
       : cache_seqlens_(cache_seqlens),
         capacity_(capacity),
         part_(part),
         slots_per_request_(slots_per_request),
         batch_invariant_(batch_invariant) {
-    const Row row = load_row(schedule, part);
     request_ = row.begin_request;
     unit_ = row.begin_unit;
     end_request_ = row.end_request;
     end_unit_ = row.end_unit;
   }
 
+  // Where the walk stands.
+  __device__ __forceinline__ int request() const { return request_; }
+  __device__ __forceinline__ int unit() const { return unit_; }
+
   __device__ __forceinline__ bool next(Piece& piece) {
     while (request_ < end_request_ || (request_ == end_request_ && end_unit_ > 0)) {
-      const int length = __ldg(cache_seqlens_ + request_);
+      const int length = cache_seqlens_[request_];
       piece.request = request_;
       piece.poison = length > capacity_;
       // One poisoned block stands for a request whose length makes no sense.

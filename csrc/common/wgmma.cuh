@@ -57,21 +57,30 @@ __device__ __forceinline__ void hold(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+// Accumulators of 64 rows x so many columns: half as many registers a thread.
 #define FLASHMLA_ACC_8(d, i)                                                            \
   "+f"(d[(i)]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3]), "+f"(d[(i) + 4]), \
       "+f"(d[(i) + 5]), "+f"(d[(i) + 6]), "+f"(d[(i) + 7])
-#define FLASHMLA_ACC_32(d, i)                                                \
+#define FLASHMLA_ACC_32_FROM(d, i)                                           \
   FLASHMLA_ACC_8(d, i), FLASHMLA_ACC_8(d, i + 8), FLASHMLA_ACC_8(d, i + 16), \
       FLASHMLA_ACC_8(d, i + 24)
-#define FLASHMLA_ACC_128(d) \
-  FLASHMLA_ACC_32(d, 0), FLASHMLA_ACC_32(d, 32), FLASHMLA_ACC_32(d, 64), FLASHMLA_ACC_32(d, 96)
+#define FLASHMLA_ACC_64(d) FLASHMLA_ACC_32_FROM(d, 0)
+#define FLASHMLA_ACC_128(d) FLASHMLA_ACC_32_FROM(d, 0), FLASHMLA_ACC_32_FROM(d, 32)
+#define FLASHMLA_ACC_256(d) \
+  FLASHMLA_ACC_128(d), FLASHMLA_ACC_32_FROM(d, 64), FLASHMLA_ACC_32_FROM(d, 96)
 
 // clang-format off
-#define FLASHMLA_REGISTERS_32 \
+#define FLASHMLA_REGISTERS_64 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 
 #define FLASHMLA_REGISTERS_128 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define FLASHMLA_REGISTERS_256 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -82,46 +91,55 @@ __device__ __forceinline__ void hold(float (&registers)[kCount]) {
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // clang-format on
 
-// The three products of the kernels, for one 16-bit type:
-//   m64n64k16_ss:  d (+)= A B^T, A and B in shared memory, both K-major.
-//   m64n256k16_ss: d += A B, A in shared memory K-major, B MN-major.
-//   m64n256k16_rs: d += A B, A in registers, B MN-major.
-#define FLASHMLA_DEFINE_WGMMA(TYPE, NAME)                                                        \
-  __device__ __forceinline__ void m64n64k16_ss(TYPE, float (&d)[32], uint64_t a, uint64_t b,     \
-                                               bool accumulate) {                                \
-    asm volatile(                                                                                \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                             \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" FLASHMLA_REGISTERS_32   \
-        "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                                       \
-        : FLASHMLA_ACC_32(d, 0)                                                                  \
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                    \
-  }                                                                                              \
-  __device__ __forceinline__ void m64n256k16_ss(TYPE, float (&d)[128], uint64_t a, uint64_t b) { \
-    asm volatile(                                                                                \
-        "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                               \
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32." NAME "." NAME " {" FLASHMLA_REGISTERS_128 \
-        "}, %128, %129, p, 1, 1, 0, 1;\n}\n"                                                     \
-        : FLASHMLA_ACC_128(d)                                                                    \
-        : "l"(a), "l"(b));                                                                       \
-  }                                                                                              \
-  __device__ __forceinline__ void m64n256k16_rs(TYPE, float (&d)[128], const uint32_t (&a)[4],   \
-                                                uint64_t b) {                                    \
-    asm volatile(                                                                                \
-        "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                               \
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32." NAME "." NAME " {" FLASHMLA_REGISTERS_128 \
-        "}, {%128, %129, %130, %131}, %132, p, 1, 1, 1;\n}\n"                                    \
-        : FLASHMLA_ACC_128(d)                                                                    \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                   \
+// The products of the kernels, for one 16-bit type:
+//   m64n64k16_ss:          d (+)= A B^T, A and B in shared memory, both K-major.
+//   values_ss, values_rs:  d += A B, A in shared memory (K-major) or in registers, B MN-major, with
+//   as
+//                          many columns as d has room for.
+#define FLASHMLA_DEFINE_WGMMA_VALUES(TYPE, NAME, N, A0, A1, A2, A3, B)                             \
+  __device__ __forceinline__ void values_ss(TYPE, float (&d)[N / 2], uint64_t a, uint64_t b) {     \
+    asm volatile(                                                                                  \
+        "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                                 \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME                            \
+        " {" FLASHMLA_REGISTERS_##N "}, " A0 ", " A1 ", p, 1, 1, 0, 1;\n}\n"                       \
+        : FLASHMLA_ACC_##N(d)                                                                      \
+        : "l"(a), "l"(b));                                                                         \
+  }                                                                                                \
+  __device__ __forceinline__ void values_rs(TYPE, float (&d)[N / 2], const uint32_t (&a)[4],       \
+                                            uint64_t b) {                                          \
+    asm volatile(                                                                                  \
+        "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                                 \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME                            \
+        " {" FLASHMLA_REGISTERS_##N "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 1;\n}\n" \
+        : FLASHMLA_ACC_##N(d)                                                                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                     \
   }
+
+#define FLASHMLA_DEFINE_WGMMA(TYPE, NAME)                                                      \
+  __device__ __forceinline__ void m64n64k16_ss(TYPE, float (&d)[32], uint64_t a, uint64_t b,   \
+                                               bool accumulate) {                              \
+    asm volatile(                                                                              \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                           \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" FLASHMLA_REGISTERS_64 \
+        "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                                     \
+        : FLASHMLA_ACC_64(d)                                                                   \
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                  \
+  }                                                                                            \
+  FLASHMLA_DEFINE_WGMMA_VALUES(TYPE, NAME, 128, "%64", "%65", "%66", "%67", "%68")             \
+  FLASHMLA_DEFINE_WGMMA_VALUES(TYPE, NAME, 256, "%128", "%129", "%130", "%131", "%132")
 
 FLASHMLA_DEFINE_WGMMA(__nv_bfloat16, "bf16")
 FLASHMLA_DEFINE_WGMMA(__half, "f16")
 
 #undef FLASHMLA_DEFINE_WGMMA
+#undef FLASHMLA_DEFINE_WGMMA_VALUES
+#undef FLASHMLA_REGISTERS_256
 #undef FLASHMLA_REGISTERS_128
-#undef FLASHMLA_REGISTERS_32
+#undef FLASHMLA_REGISTERS_64
+#undef FLASHMLA_ACC_256
 #undef FLASHMLA_ACC_128
-#undef FLASHMLA_ACC_32
+#undef FLASHMLA_ACC_64
+#undef FLASHMLA_ACC_32_FROM
 #undef FLASHMLA_ACC_8
 
 }  // namespace flashmla::wgmma

@@ -3,6 +3,11 @@
 //
 // A CTA takes some rows of one request. It reads from the schedule itself which parts hold the
 // request, so there is no second array that could disagree with the first.
+//
+// The kernel is launched while the attention kernel still runs, finds its work, and waits. The
+// schedule and the lengths may be read before: they come from kernels that the attention kernel has
+// waited for before it let this one start. Every CTA waits, also one with nothing to merge: a
+// kernel after this one waits for this one only.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -15,8 +20,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kDimV = 512;
-constexpr int kVectors = kDimV / 4 / 32;  // float4 per lane
+constexpr int kBatch = 2;  // pieces whose values are loaded at once
 
 // The slots of a request: count pieces; piece i is in slot first for i = 0, else rest + i * step.
 struct Slots {
@@ -85,52 +89,81 @@ __device__ Slots invariant_slots(const DenseDecodeParams& p, int request) {
   return {splits, first, first, 1};
 }
 
-// Sum of the pieces [begin, end) of one row, each weighted with 2^(its lse - offset). A lane holds
-// columns 4 * (32 * v + lane) + {0..3}.
-template <typename SlotRow>
-__device__ __forceinline__ void add_pieces(const DenseDecodeParams& p, SlotRow slot_row, int begin,
-                                           int end, float offset, float4 (&out)[kVectors]) {
-  const int lane = threadIdx.x % 32;
-  for (int base = begin; base < end; base += 32) {
-    // One load brings the weights of 32 pieces, so that those of the values need not wait.
-    float lse = -INFINITY;
-    if (base + lane < end) lse = p.partial_lse[slot_row(base + lane)];
-    const float weight = exp2f(lse - offset);
-    const int count = min(32, end - base);
-#pragma unroll 2
-    for (int i = 0; i < count; ++i) {
-      // An empty piece left its output unwritten.
-      if (__shfl_sync(0xffffffff, lse, i) == -INFINITY) continue;
-      const float piece_weight = __shfl_sync(0xffffffff, weight, i);
-      const float4* piece =
-          reinterpret_cast<const float4*>(p.partial_out + slot_row(base + i) * kDimV);
+// Sum of the pieces [begin, end) of one row, in ascending order and each weighted with
+// 2^(its lse - offset). A lane holds columns 4 * (32 * v + lane) + {0..3}.
+template <int kVectors>
+class WeightedSum {
+ public:
+  // Starts to load the first pieces: they need not wait for the weights.
+  template <typename PieceOf>
+  __device__ __forceinline__ WeightedSum(const PieceOf& piece_of, int begin, int end)
+      : begin_(begin), end_(end) {
+    load(piece_of, begin);
+  }
+
+  template <typename PieceOf, typename LseOf>
+  __device__ __forceinline__ void run(const PieceOf& piece_of, const LseOf& lse_of, float offset,
+                                      float4 (&out)[kVectors]) {
+    const int lane = threadIdx.x % 32;
+    for (int base = begin_; base < end_; base += 32) {
+      const float lse = base + lane < end_ ? lse_of(base + lane) : -INFINITY;
+      const float weight = exp2f(lse - offset);
+      const int count = min(32, end_ - base);
+      for (int first = 0; first < count; first += kBatch) {
+        if (base + first > begin_) load(piece_of, base + first);
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const float4 x = __ldcs(piece + v * 32 + lane);
-        out[v].x += piece_weight * x.x;
-        out[v].y += piece_weight * x.y;
-        out[v].z += piece_weight * x.z;
-        out[v].w += piece_weight * x.w;
+        for (int i = 0; i < kBatch; ++i) {
+          // Past the last piece, and an empty piece, which left its output unwritten.
+          if (__shfl_sync(0xffffffff, lse, first + i & 31) == -INFINITY || first + i >= count)
+            continue;
+          const float piece_weight = __shfl_sync(0xffffffff, weight, first + i & 31);
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) {
+            const float4 x = x_[i][v];
+            out[v].x += piece_weight * x.x;
+            out[v].y += piece_weight * x.y;
+            out[v].z += piece_weight * x.z;
+            out[v].w += piece_weight * x.w;
+          }
+        }
       }
     }
   }
-}
+
+ private:
+  template <typename PieceOf>
+  __device__ __forceinline__ void load(const PieceOf& piece_of, int first) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i >= end_) break;
+      const float4* piece = piece_of(first + i);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) x_[i][v] = __ldcs(piece + v * 32 + threadIdx.x % 32);
+    }
+  }
+
+  int begin_;
+  int end_;
+  float4 x_[kBatch][kVectors];
+};
 
 // Grid: (requests or parts) x groups of rows, flattened on x. kWarpsPerRow
 // warps share the pieces of a row: consecutive runs, added up in ascending order.
-template <typename T, int kWarpsPerRow>
+template <typename T, int kDimV, int kWarpsPerRow>
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(const DenseDecodeParams p, int rows, int row_groups) {
   constexpr int kRowsPerCta = kWarps / kWarpsPerRow;
-  // All results are NaN already, and stay so.
-  if (*p.schedule_is_broken) return;
+  constexpr int kVectors = kDimV / 4 / 32;  // float4 of a lane
+  ptx::grid_dependency_launch();
   const int row_group = blockIdx.x % row_groups;
   const int group = p.heads_q / p.heads_kv;
   int request = blockIdx.x / row_groups;
   const Slots slots = p.batch_invariant     ? invariant_slots(p, request)
                       : merge_by_request(p) ? find_slots_of_request(p, request)
                                             : find_slots_of_part(p, request, &request);
-  if (slots.count < 2) return;
+  ptx::grid_dependency_wait();
+  // A broken schedule: all results are NaN already, and stay so.
+  if (slots.count < 2 || *p.schedule_is_broken) return;
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -143,20 +176,26 @@ __global__ void __launch_bounds__(kThreads)
     return (slots[piece] * p.heads_kv + kv_head) * rows + row;
   };
 
+  const auto piece_of = [&](int piece) {
+    return reinterpret_cast<const float4*>(p.partial_out + slot_row(piece) * kDimV);
+  };
+  const auto lse_of = [&](int piece) { return p.partial_lse[slot_row(piece)]; };
+
+  const int per_chunk = schedule::ceil_div(slots.count, kWarpsPerRow);
+  WeightedSum<kVectors> pieces(piece_of, chunk * per_chunk,
+                               min((chunk + 1) * per_chunk, slots.count));
   float max = -INFINITY;
-  for (int i = lane; i < slots.count; i += 32) max = fmaxf(max, p.partial_lse[slot_row(i)]);
+  for (int i = lane; i < slots.count; i += 32) max = fmaxf(max, lse_of(i));
   for (int step = 16; step > 0; step /= 2) {
     max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, step));
   }
   const float offset = max == -INFINITY ? 0.f : max;
   float sum = 0.f;
-  for (int i = lane; i < slots.count; i += 32) sum += exp2f(p.partial_lse[slot_row(i)] - offset);
+  for (int i = lane; i < slots.count; i += 32) sum += exp2f(lse_of(i) - offset);
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
 
   float4 out[kVectors] = {};
-  const int per_chunk = schedule::ceil_div(slots.count, kWarpsPerRow);
-  add_pieces(p, slot_row, chunk * per_chunk, min((chunk + 1) * per_chunk, slots.count), offset,
-             out);
+  pieces.run(piece_of, lse_of, offset, out);
   if constexpr (kWarpsPerRow > 1) {
     __shared__ float4 parts[kWarps][kVectors][32];
     if (chunk > 0) {
@@ -201,31 +240,49 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, int kWarpsPerRow>
-Status launch(const DenseDecodeParams& p, cudaStream_t stream) {
+template <typename T, int kDimV, int kWarpsPerRow>
+Status launch_kernel(const DenseDecodeParams& p, cudaStream_t stream) {
   const int rows = p.seq_q * p.heads_q / p.heads_kv;
   const int row_groups = schedule::ceil_div(rows * p.heads_kv, kWarps / kWarpsPerRow);
   const int64_t ctas =
       static_cast<int64_t>(merge_by_request(p) ? p.batch : p.num_parts) * row_groups;
   if (ctas > INT32_MAX) return {cudaErrorInvalidConfiguration, "grid of the merge kernel"};
-  combine_kernel<T, kWarpsPerRow>
-      <<<static_cast<unsigned>(ctas), kThreads, 0, stream>>>(p, rows, row_groups);
-  FLASHMLA_RETURN_IF_ERROR(cudaGetLastError());
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(ctas);
+  config.blockDim = kThreads;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  FLASHMLA_RETURN_IF_ERROR(
+      cudaLaunchKernelEx(&config, combine_kernel<T, kDimV, kWarpsPerRow>, p, rows, row_groups));
   return {};
+}
+
+template <typename T, int kDimV>
+Status launch(const DenseDecodeParams& p, cudaStream_t stream) {
+  // The order of additions, hence the variant, must not depend on the batch here.
+  if (p.batch_invariant) return launch_kernel<T, kDimV, 4>(p, stream);
+  // So many warps that each has a few pieces, whose values are then all on their way at once.
+  const int pieces = p.num_parts / (p.batch > 0 ? p.batch : 1);
+  if (pieces >= 12) return launch_kernel<T, kDimV, 8>(p, stream);
+  if (pieces >= 6) return launch_kernel<T, kDimV, 4>(p, stream);
+  if (pieces >= 3) return launch_kernel<T, kDimV, 2>(p, stream);
+  return launch_kernel<T, kDimV, 1>(p, stream);
 }
 
 template <typename T>
 Status launch(const DenseDecodeParams& p, cudaStream_t stream) {
-  // The order of additions, hence the variant, must not depend on the batch here.
-  if (p.batch_invariant) return launch<T, 4>(p, stream);
-  // Few requests in many pieces each, or many in few.
-  return p.num_parts >= 4 * p.batch ? launch<T, 8>(p, stream) : launch<T, 1>(p, stream);
+  if (p.head_dim_v == 512) return launch<T, 512>(p, stream);
+  if (p.head_dim_v == 256) return launch<T, 256>(p, stream);
+  return {cudaErrorNotSupported, "head_dim_v of the merge kernel"};
 }
 
 }  // namespace
 
 Status launch_combine(const DenseDecodeParams& params, cudaStream_t stream) {
-  if (params.head_dim_v != kDimV) return {cudaErrorNotSupported, "head_dim_v of the merge kernel"};
   // One part takes every request whole.
   if (params.num_parts == 1 && !params.batch_invariant) return {};
   return params.dtype == DataType::kFloat16 ? launch<__half>(params, stream)

@@ -7,29 +7,42 @@
 
 namespace flashmla::sm90::dense_decode {
 
-constexpr int kRows = 64;                          // rows of a tile: query tokens x heads
-constexpr int kTokens = schedule::kBlockTokens;    // tokens of a block
-constexpr int kDim = 576;                          // columns of queries and keys
-constexpr int kDimV = 512;                         // columns of values and results
-constexpr int kSubTileColumns = 64;                // columns of a 128-byte-swizzled sub-tile
-constexpr int kSubTiles = kDim / kSubTileColumns;  // 9; the last one is no value column
-constexpr int kSubTilesHalf = kDimV / kSubTileColumns / 2;  // value sub-tiles of one warpgroup
+constexpr int kRows = 64;                        // rows of a tile: query tokens x heads
+constexpr int kTokens = schedule::kBlockTokens;  // tokens of a block
+constexpr int kSubTileColumns = 64;              // columns of a 128-byte-swizzled sub-tile
 constexpr int kSubTileBytes = kRows * kSubTileColumns * 2;
-constexpr int kLastSubTile = kSubTiles - 1;
-constexpr int kBuffers = 2;
-// Sub-tiles that one copy-engine instruction brings, and one barrier announces. Issuing a copy
-// costs the issuing lane 140 clocks and more, so small ones make it the bottleneck; with large ones
-// the first scores start later.
-constexpr int kSubTilesPerCopy = 4;
-constexpr int kCopiesHalf = kSubTilesHalf / kSubTilesPerCopy;
-constexpr int kCopies = 2 * kCopiesHalf + 1;  // the last one brings the RoPE sub-tile
-constexpr int kLastCopy = kCopies - 1;
-static_assert(kSubTilesHalf % kSubTilesPerCopy == 0);
-
 static_assert(kRows == kTokens, "query and key sub-tiles, and P, share one size");
-static_assert(kSubTiles * kSubTileColumns == kDim);
-static_assert(2 * kSubTilesHalf + 1 == kSubTiles,
-              "P takes the place of the one key sub-tile that holds no values");
+
+constexpr int kBuffers = 2;  // of keys
+constexpr int kSharedBytesMax = 227 * 1024;
+
+// What follows from the columns of the keys and, their first ones, of the values.
+template <int kDim_, int kDimV_>
+struct Shape {
+  static constexpr int kDim = kDim_;
+  static constexpr int kDimV = kDimV_;
+  static constexpr int kSubTiles = kDim / kSubTileColumns;
+  static constexpr int kValueTiles = kDimV / kSubTileColumns;
+  static_assert(kSubTiles * kSubTileColumns == kDim && kValueTiles * kSubTileColumns == kDimV);
+
+  // The sub-tile without values, if the keys have one, holds RoPE columns and later P. Without one
+  // P has a sub-tile for itself.
+  static constexpr bool kHasRope = kSubTiles > kValueTiles;
+  static_assert(kSubTiles - kValueTiles <= 1, "P takes the place of one key sub-tile at most");
+  static constexpr int kTileOfP = kValueTiles;
+  static constexpr int kBufferTiles = kValueTiles + 1;
+
+  // A math warpgroup owns half of the output columns.
+  static constexpr int kHalfTiles = kValueTiles / 2;
+  static constexpr int kHalfColumns = kDimV / 2;
+  static constexpr int kAccumulators = kHalfColumns / 2;  // registers a thread
+
+  // One copy-engine instruction brings half of the values, and a third one the RoPE sub-tile; a
+  // barrier announces each. Issuing a copy costs the issuing lane 140 clocks and more, so small
+  // ones would make it the bottleneck.
+  static constexpr int kCopies = kHasRope ? 3 : 2;
+  static constexpr int kRopeCopy = 2;
+};
 
 constexpr int kMathGroups = 2;
 constexpr int kMathThreads = kMathGroups * 128;
@@ -38,10 +51,10 @@ constexpr int kKeyLoaderWarps = kBuffers;     // of its four warps, one for each
 constexpr int kQueryLoaderWarps = 2;          // the others load queries
 static_assert(kKeyLoaderWarps + kQueryLoaderWarps == 4);
 
-// 2 x 128 x 224 + 128 x 56 registers of 65,536.
-constexpr int kMathRegisters = 224;
-constexpr int kLoadRegisters = 56;
-static_assert(kMathThreads * kMathRegisters + 128 * kLoadRegisters <= 65536);
+// Registers a thread. The kernel is launched with 168, the most that 384 threads can have.
+constexpr int kMathRegisters = 232;
+constexpr int kLoadRegisters = 40;
+static_assert(kMathGroups * kMathRegisters + kLoadRegisters <= 3 * 168);
 
 // A copy-engine box is at most one block; smaller pages take several boxes a sub-tile. Rows come
 // in swizzle groups of 8.

@@ -1,9 +1,9 @@
 // Dense decode for sm_90a: attention of 64-row tiles (query tokens x heads of one KV head) over a
 // paged latent cache, with TMA, wgmma and a column-split pair of math warpgroups.
 //
-// docs/kernels/dense_decode.md draws the schedule. In short: warpgroup 0 owns output columns
-// 0..255 and computes the scores of even blocks (always in buffer 0), warpgroup 1 owns columns
-// 256..511 and the scores of odd blocks (buffer 1). Each multiplies both P tiles with its half of
+// docs/kernels/dense_decode.md draws the schedule. In short: warpgroup 0 owns the left half of the
+// output columns and computes the scores of even blocks (always in buffer 0), warpgroup 1 owns the
+// right half and the scores of odd blocks (buffer 1). Each multiplies both P tiles with its half of
 // the values, in block order, so the running maximum only ever moves forward. A P tile is stored
 // over the 64 RoPE columns of its own key block, which nothing reads once the scores are done.
 #pragma once
@@ -24,27 +24,36 @@ namespace flashmla::sm90::dense_decode {
 // Shared memory and barriers
 // ---------------------------------------------------------------------------------------------
 
+// What a CTA works on.
+struct Place {
+  int part;
+  int kv_head;
+  int row_tile;
+};
+
+template <typename S>
 struct SharedStorage {
-  alignas(1024) uint8_t q[kSubTiles][kSubTileBytes];
-  alignas(1024) uint8_t kv[kBuffers][kSubTiles][kSubTileBytes];
+  alignas(1024) uint8_t q[S::kSubTiles][kSubTileBytes];
+  alignas(1024) uint8_t kv[kBuffers][S::kBufferTiles][kSubTileBytes];
 
   // Running maximum (base-2 scaled scores) after block 2i (0) and 2i + 1 (1) of a piece.
   float row_max[2][kRows];
   // Row sums of each warpgroup's own blocks, double-buffered over pieces.
   float row_sum[2][kMathGroups][kRows];
+  Place place;  // here, since registers are scarce
   // The block in the buffer cannot be loaded: its page is no page of the cache.
   int block_is_bad[kBuffers];
 
   uint64_t q_full;
   uint64_t q_empty;
-  uint64_t kv_full[kBuffers][kCopies];
+  uint64_t kv_full[kBuffers][S::kCopies];
   uint64_t kv_empty[kBuffers][2];  // [.][h]: the value half of warpgroup h
   uint64_t p_full[kBuffers];       // P of the block in the buffer, and its row_max
   uint64_t sums_full;              // row_sum of the piece
 };
 
-constexpr int kSharedBytes = sizeof(SharedStorage) + 1024;  // slack to align the base
-static_assert(kSharedBytes <= 227 * 1024);
+template <typename S>
+constexpr int kSharedBytes = sizeof(SharedStorage<S>);
 
 constexpr int kWarpArrivals = 4;  // one lane of each warp of a warpgroup
 
@@ -59,11 +68,11 @@ struct KernelParams {
   bool must_gather_queries;  // rows of a row tile do not lie side by side
 };
 
-// Tensor maps. Of the cache: boxes of one sub-tile, or, for pages of whole blocks, of one copy. Of
-// the queries: boxes of a row tile, only where a request's rows lie side by side (one KV head).
+// Boxes of half of the values and of one sub-tile of the keys; and of a row tile of queries, only
+// where a request's rows lie side by side (one KV head).
 struct TensorMaps {
-  CUtensorMap copy;
-  CUtensorMap sub_tile;
+  CUtensorMap keys_half;
+  CUtensorMap keys_sub_tile;
   CUtensorMap queries;
 };
 
@@ -90,9 +99,12 @@ __device__ __forceinline__ int64_t lse_index(const KernelParams& kp, int request
 }
 
 __device__ __forceinline__ schedule::PieceWalk piece_walk(const KernelParams& kp, int part) {
-  return {kp.p.schedule,        part,
-          kp.p.cache_seqlens,   static_cast<int64_t>(kp.p.table_width) * kp.p.page_size,
-          kp.p.batch_invariant, kp.p.slots_per_request};
+  return {schedule::load_row(kp.p.schedule, part),
+          part,
+          kp.p.cache_seqlens,
+          static_cast<int64_t>(kp.p.table_width) * kp.p.page_size,
+          kp.p.batch_invariant,
+          kp.p.slots_per_request};
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -100,79 +112,69 @@ __device__ __forceinline__ schedule::PieceWalk piece_walk(const KernelParams& kp
 // ---------------------------------------------------------------------------------------------
 
 // Keys: each buffer has a warp of its own, so that waiting for one does not hold up the other. The
-// lanes look up pages, one lane feeds the copy engine.
+// lanes look up pages; one lane feeds the copy engine, or, for small pages, one for each box.
+template <typename S>
 __device__ __forceinline__ void load_keys(const KernelParams& kp, const TensorMaps& maps,
-                                          SharedStorage& smem, int buffer, int part, int kv_head,
-                                          int lane) {
-  const int page_size = kp.p.page_size;
-  const int box = box_tokens(page_size);
+                                          SharedStorage<S>& smem, int buffer, int lane) {
+  const int box = box_tokens(kp.p.page_size);
   const int boxes = kTokens / box;
+  const int blocks_of_page = kp.p.page_size / box;  // 1 for small pages
+  const int lane_box = lane % boxes;
+  const int lane_tile = lane / boxes;
   const uint64_t policy = ptx::evict_first_policy();
   uint32_t empty_parity = 1;  // a fresh barrier lets the first wait pass
 
-  schedule::PieceWalk walk = piece_walk(kp, part);
+  schedule::PieceWalk walk = piece_walk(kp, smem.place.part);
   schedule::Piece piece;
   while (walk.next(piece)) {
     const int32_t* table =
         kp.p.block_table + static_cast<int64_t>(piece.request) * kp.p.table_width;
     for (int block = piece.first_block + buffer; block < piece.end_block; block += kBuffers) {
       // Entries past the length may hold anything and are not looked at.
-      const int token = block * kTokens + lane * box;
-      const bool used = lane < boxes && token < piece.length;
-      const int token_in_page = token % page_size;
+      const int valid = min(piece.length - block * kTokens, kTokens);
+      const int used_boxes = (valid + box - 1) / box;
+      const int table_entry = block / blocks_of_page;
+      const int token_in_page = (block - table_entry * blocks_of_page) * box;
       int page = 0;
       bool bad = piece.poison;
-      if (used && !piece.poison) {
-        page = __ldg(table + token / page_size);
+      if (lane_box < used_boxes && !piece.poison) {
+        page = table[table_entry * boxes + lane_box];
         bad = page < 0 || page >= kp.p.num_pages;
       }
       const bool block_is_bad = __any_sync(0xffffffff, bad);
-      const int used_boxes = __popc(__ballot_sync(0xffffffff, used));
       // Bytes of one sub-tile; none to wait for if the block is bad.
       const uint32_t bytes = block_is_bad ? 0 : used_boxes * box * kSubTileColumns * 2;
 
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         ptx::mbarrier_wait(&smem.kv_empty[buffer][half], empty_parity);
-        const int first = half * kCopiesHalf;
-        const bool with_rope = half == reader_of_p(buffer);
+        const bool with_rope = S::kHasRope && half == reader_of_p(buffer);
         uint64_t* full = smem.kv_full[buffer];
+        const int tile = half * S::kHalfTiles;
         if (lane == 0) {
           smem.block_is_bad[buffer] = block_is_bad;
-#pragma unroll
-          for (int i = 0; i < kCopiesHalf; ++i) {
-            ptx::mbarrier_arrive_expect_tx(&full[first + i], kSubTilesPerCopy * bytes);
-          }
-          if (with_rope) ptx::mbarrier_arrive_expect_tx(&full[kLastCopy], bytes);
+          ptx::mbarrier_arrive_expect_tx(&full[half], S::kHalfTiles * bytes);
+          if (with_rope) ptx::mbarrier_arrive_expect_tx(&full[S::kRopeCopy], bytes);
         }
         if (block_is_bad) continue;
         if (boxes == 1) {
           if (lane != 0) continue;
-#pragma unroll
-          for (int i = 0; i < kCopiesHalf; ++i) {
-            const int tile = (first + i) * kSubTilesPerCopy;
-            ptx::tma_load_5d(smem.kv[buffer][tile], &maps.copy, &full[first + i], policy, 0,
-                             token_in_page, tile, kv_head, page);
-          }
+          ptx::tma_load_5d(smem.kv[buffer][tile], &maps.keys_half, &full[half], policy, 0,
+                           token_in_page, tile, smem.place.kv_head, page);
           if (with_rope) {
-            ptx::tma_load_5d(smem.kv[buffer][kLastSubTile], &maps.sub_tile, &full[kLastCopy],
-                             policy, 0, token_in_page, kLastSubTile, kv_head, page);
+            ptx::tma_load_5d(smem.kv[buffer][S::kTileOfP], &maps.keys_sub_tile, &full[S::kRopeCopy],
+                             policy, 0, token_in_page, S::kTileOfP, smem.place.kv_head, page);
           }
           continue;
         }
         // Small pages: a box of each page for each sub-tile.
-#pragma unroll 1
-        for (int b = 0; b < used_boxes; ++b) {
-          const int box_page = __shfl_sync(0xffffffff, page, b);
-          if (lane != 0) continue;
-          const auto load = [&](int tile) {
-            ptx::tma_load_5d(smem.kv[buffer][tile] + b * box * 128, &maps.sub_tile,
-                             &full[tile / kSubTilesPerCopy], policy, 0, 0, tile, kv_head, box_page);
-          };
-#pragma unroll 1
-          for (int i = 0; i < kSubTilesHalf; ++i) load(half * kSubTilesHalf + i);
-          if (with_rope) load(kLastSubTile);
-        }
+        if (lane_box >= used_boxes) continue;
+        const auto load = [&](int t, uint64_t* barrier) {
+          ptx::tma_load_5d(smem.kv[buffer][t] + lane_box * box * 128, &maps.keys_sub_tile, barrier,
+                           policy, 0, 0, t, smem.place.kv_head, page);
+        };
+        if (lane_tile < S::kHalfTiles) load(tile + lane_tile, &full[half]);
+        if (with_rope && lane_tile == 0) load(S::kTileOfP, &full[S::kRopeCopy]);
       }
       empty_parity ^= 1;
     }
@@ -180,34 +182,37 @@ __device__ __forceinline__ void load_keys(const KernelParams& kp, const TensorMa
 }
 
 // Queries of one KV head: a row tile is one box, and rows past the last are filled with zeros.
+template <typename S>
 __device__ __forceinline__ void copy_queries(const KernelParams& kp, const TensorMaps& maps,
-                                             SharedStorage& smem, int part, int row_tile) {
+                                             SharedStorage<S>& smem, int lane) {
   const uint64_t policy = ptx::evict_first_policy();
   uint32_t empty_parity = 1;
-  schedule::PieceWalk walk = piece_walk(kp, part);
+  schedule::PieceWalk walk = piece_walk(kp, smem.place.part);
   schedule::Piece piece;
   while (walk.next(piece)) {
     if (piece.first_block >= piece.end_block) continue;
     ptx::mbarrier_wait(&smem.q_empty, empty_parity);
     empty_parity ^= 1;
-    ptx::mbarrier_arrive_expect_tx(&smem.q_full, sizeof(smem.q));
-    ptx::tma_load_5d(smem.q, &maps.queries, &smem.q_full, policy, 0, row_tile * kRows, 0, 0,
-                     piece.request);
+    if (lane == 0) {
+      ptx::mbarrier_arrive_expect_tx(&smem.q_full, sizeof(smem.q));
+      ptx::tma_load_5d(smem.q, &maps.queries, &smem.q_full, policy, 0, smem.place.row_tile * kRows,
+                       0, 0, piece.request);
+    }
   }
 }
 
 // Queries of several KV heads: gathered row by row, since those of one are strided over query
 // tokens.
-template <typename T>
-__device__ __forceinline__ void gather_queries(const KernelParams& kp, SharedStorage& smem,
-                                               int part, int kv_head, int row_tile, int thread) {
-  constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
+template <typename T, typename S>
+__device__ __forceinline__ void gather_queries(const KernelParams& kp, SharedStorage<S>& smem,
+                                               int thread) {
+  constexpr int kChunks = S::kDim / 8;  // of 16 bytes in a row
   constexpr int kLoaders = kQueryLoaderWarps * 32;
   const uint32_t q_base = ptx::smem_address(smem.q);
   const T* q = static_cast<const T*>(kp.p.q);
   uint32_t empty_parity = 1;
 
-  schedule::PieceWalk walk = piece_walk(kp, part);
+  schedule::PieceWalk walk = piece_walk(kp, smem.place.part);
   schedule::Piece piece;
   while (walk.next(piece)) {
     if (piece.first_block >= piece.end_block) continue;
@@ -217,10 +222,10 @@ __device__ __forceinline__ void gather_queries(const KernelParams& kp, SharedSto
     for (int i = thread; i < kRows * kChunks; i += kLoaders) {
       const int row_in_tile = i / kChunks;
       const int chunk = i - row_in_tile * kChunks;
-      const int row = row_tile * kRows + row_in_tile;
+      const int row = smem.place.row_tile * kRows + row_in_tile;
       const bool valid = row < kp.rows;
-      const RowIndex index = row_index(kp, kv_head, valid ? row : 0);
-      const T* source = q + out_row(kp, piece.request, index) * kDim + chunk * 8;
+      const RowIndex index = row_index(kp, smem.place.kv_head, valid ? row : 0);
+      const T* source = q + out_row(kp, piece.request, index) * S::kDim + chunk * 8;
       const uint32_t target = q_base + (chunk / 8) * kSubTileBytes + row_in_tile * 128 +
                               (((chunk & 7) ^ (row_in_tile & 7)) << 4);
       ptx::cp_async_16(target, source, valid);
@@ -242,20 +247,19 @@ struct RowState {
   float sum[2];  // of this thread's columns of this warpgroup's blocks
 };
 
-template <typename T, int kGroup>
+template <typename T, typename S, int kGroup>
 class MathGroup {
  public:
-  __device__ MathGroup(const KernelParams& kp, SharedStorage& smem, int kv_head, int row_tile)
-      : kp_(kp), smem_(smem), kv_head_(kv_head), row_tile_(row_tile) {
+  __device__ MathGroup(const KernelParams& kp, SharedStorage<S>& smem) : kp_(kp), smem_(smem) {
     thread_ = threadIdx.x % 128;
     lane_ = thread_ % 32;
     row_ = thread_ / 32 * 16 + lane_ / 4;
   }
 
-  __device__ __forceinline__ void run(int part) {
+  __device__ __forceinline__ void run() {
     constexpr float kLog2e = 1.4426950408889634f;
     scale_log2_ = kp_.p.softmax_scale * kLog2e;
-    schedule::PieceWalk walk = piece_walk(kp_, part);
+    schedule::PieceWalk walk = piece_walk(kp_, smem_.place.part);
     schedule::Piece piece;
     while (walk.next(piece)) {
       if (piece.first_block >= piece.end_block) {
@@ -311,8 +315,10 @@ class MathGroup {
                                                  bool has_odd, bool last) {
     float s[32];
     uint32_t p[4][4];
+    float block_max[2];
     if (has_odd) {
       scores<1>(s, last);
+      block_maximum<1>(piece, block + 1, s, block_max);
     } else if (last) {
       release_queries();
     }
@@ -323,7 +329,7 @@ class MathGroup {
     values_from_shared<0>();
     if (has_odd) {
       float factor[2];
-      softmax_statistics<1>(piece, block + 1, s, p, factor);
+      exponentials<1>(s, block_max, p, factor);
       store_p<1>(p);
       wgmma::wait<0>();
       release_values<0>();
@@ -346,9 +352,9 @@ class MathGroup {
     const uint64_t a = wgmma::k_major(ptx::smem_address(smem_.q));
     const uint64_t b = wgmma::k_major(ptx::smem_address(smem_.kv[kBuffer]));
 #pragma unroll
-    for (int tile = 0; tile < kSubTiles; ++tile) {
-      if (tile % kSubTilesPerCopy == 0) {
-        ptx::mbarrier_wait(&smem_.kv_full[kBuffer][tile / kSubTilesPerCopy], parity_[kBuffer]);
+    for (int tile = 0; tile < S::kSubTiles; ++tile) {
+      if (tile % S::kHalfTiles == 0) {
+        ptx::mbarrier_wait(&smem_.kv_full[kBuffer][tile / S::kHalfTiles], parity_[kBuffer]);
       }
       wgmma::fence();
 #pragma unroll
@@ -373,19 +379,22 @@ class MathGroup {
   template <int kBuffer>
   __device__ __forceinline__ void softmax(const schedule::Piece& piece, int block, float (&s)[32],
                                           uint32_t (&p)[4][4]) {
+    float block_max[2];
     float factor[2];
-    softmax_statistics<kBuffer>(piece, block, s, p, factor);
+    block_maximum<kBuffer>(piece, block, s, block_max);
+    exponentials<kBuffer>(s, block_max, p, factor);
     rescale_output(factor);
   }
 
-  // Masks and scales s, moves the running maximum on and publishes it, sums up, and rounds P.
-  // `factor` is what the output must be multiplied with.
+  // Masks s and finds the maximum of each row of the block, scaled.
   template <int kBuffer>
-  __device__ __forceinline__ void softmax_statistics(const schedule::Piece& piece, int block,
-                                                     float (&s)[32], uint32_t (&p)[4][4],
-                                                     float (&factor)[2]) {
+  __device__ __forceinline__ void block_maximum(const schedule::Piece& piece, int block,
+                                                float (&s)[32], float (&block_max)[2]) {
+    if (!(scale_log2_ > 0.f)) {
+      // The largest score must become the largest exponent.
 #pragma unroll
-    for (int i = 0; i < 32; ++i) s[i] *= scale_log2_;
+      for (int i = 0; i < 32; ++i) s[i] *= scale_log2_;
+    }
     if ((block + 1) * kTokens > unmasked_tokens_) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
@@ -401,28 +410,51 @@ class MathGroup {
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float block_max = -INFINITY;
+      float m[4];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        block_max = fmaxf(block_max, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+      for (int k = 0; k < 4; ++k) {
+        m[k] = fmaxf(fmaxf(s[8 * k + 2 * h], s[8 * k + 2 * h + 1]),
+                     fmaxf(s[8 * k + 2 * h + 4], s[8 * k + 2 * h + 5]));
       }
-      block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffff, block_max, 1));
-      block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffff, block_max, 2));
-      const float new_max = fmaxf(state_.max[h], block_max);
+      block_max[h] = fmaxf(fmaxf(m[0], m[1]), fmaxf(m[2], m[3]));
+    }
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance *= 2) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        block_max[h] = fmaxf(block_max[h], __shfl_xor_sync(0xffffffff, block_max[h], distance));
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) block_max[h] *= multiplier();
+  }
+
+  __device__ __forceinline__ float multiplier() const {
+    return scale_log2_ > 0.f ? scale_log2_ : 1.f;
+  }
+
+  // Moves the running maximum on if need be and publishes it, turns s into P, sums up, and rounds
+  // P. `factor` is what the output must be multiplied with.
+  template <int kBuffer>
+  __device__ __forceinline__ void exponentials(float (&s)[32], const float (&block_max)[2],
+                                               uint32_t (&p)[4][4], float (&factor)[2]) {
+    float offset[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      // P may exceed 1 by so much, in float32 and after rounding alike, before the maximum is
+      // moved: as exact, and the output need hardly ever be rescaled.
+      constexpr float kSlack = 8.f;
+      const float new_max = block_max[h] > state_.max[h] + kSlack ? block_max[h] : state_.max[h];
       if (lane_ % 4 == 0) smem_.row_max[kBuffer][row_ + 8 * h] = new_max;
       factor[h] = move_max(h, new_max);
-      const float offset = finite_max(new_max);
-      float sum = state_.sum[h];
+      offset[h] = finite_max(new_max);
+    }
+    const float scale = multiplier();
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[4 * j + 2 * h + e];
-          x = ptx::exp2_approx(x - offset);
-          sum += x;
-        }
-      }
-      state_.sum[h] = sum;
+    for (int i = 0; i < 32; ++i) {
+      const int h = i / 2 % 2;
+      s[i] = ptx::exp2_approx(fmaf(s[i], scale, -offset[h]));
+      state_.sum[h] += s[i];
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -440,6 +472,7 @@ class MathGroup {
 
   // Makes `new_max` the running maximum, rescales the sum, returns the factor for the output.
   __device__ __forceinline__ float move_max(int h, float new_max) {
+    if (new_max == state_.max[h]) return 1.f;
     const float factor = ptx::exp2_approx(state_.max[h] - finite_max(new_max));
     state_.max[h] = new_max;
     state_.sum[h] *= factor;
@@ -462,14 +495,14 @@ class MathGroup {
   __device__ __forceinline__ void rescale_output(const float (&factor)[2]) {
     if (!__any_sync(0xffffffff, factor[0] != 1.f || factor[1] != 1.f)) return;
 #pragma unroll
-    for (int i = 0; i < 128; ++i) out_[i] *= factor[i / 2 % 2];
+    for (int i = 0; i < S::kAccumulators; ++i) out_[i] *= factor[i / 2 % 2];
   }
 
   // --- P and values ---------------------------------------------------------------------------
 
   template <int kBuffer>
   __device__ __forceinline__ void store_p(const uint32_t (&p)[4][4]) {
-    const uint32_t base = ptx::smem_address(smem_.kv[kBuffer][kLastSubTile]);
+    const uint32_t base = ptx::smem_address(smem_.kv[kBuffer][S::kTileOfP]);
     const int row = thread_ / 32 * 16 + lane_ % 16;
     // The scores of all four warps have read the RoPE sub-tile that P is about to replace.
     ptx::named_barrier_sync(kBarrierMathGroup + kGroup, 128);
@@ -488,9 +521,9 @@ class MathGroup {
   __device__ __forceinline__ void zero_values_past_end(const schedule::Piece& piece, int block) {
     const int valid = piece.length - block * kTokens;
     if (valid >= kTokens) return;
-    const uint32_t base = ptx::smem_address(smem_.kv[kBuffer][kGroup * kSubTilesHalf]);
+    const uint32_t base = ptx::smem_address(smem_.kv[kBuffer][kGroup * S::kHalfTiles]);
     const int chunks = (kTokens - valid) * 8;
-    for (int i = thread_; i < chunks * kSubTilesHalf; i += 128) {
+    for (int i = thread_; i < chunks * S::kHalfTiles; i += 128) {
       const int tile = i / chunks;
       ptx::st_shared_zero_16(base + tile * kSubTileBytes + valid * 128 + (i - tile * chunks) * 16);
     }
@@ -502,15 +535,12 @@ class MathGroup {
   // for its half itself, to see what has been copied.
   template <int kBuffer>
   __device__ __forceinline__ void wait_values() {
-#pragma unroll
-    for (int i = 0; i < kCopiesHalf; ++i) {
-      ptx::mbarrier_wait(&smem_.kv_full[kBuffer][kGroup * kCopiesHalf + i], parity_[kBuffer]);
-    }
+    ptx::mbarrier_wait(&smem_.kv_full[kBuffer][kGroup], parity_[kBuffer]);
   }
 
   template <int kBuffer>
   __device__ __forceinline__ uint64_t values_descriptor() const {
-    return wgmma::mn_major(ptx::smem_address(smem_.kv[kBuffer][kGroup * kSubTilesHalf]));
+    return wgmma::mn_major(ptx::smem_address(smem_.kv[kBuffer][kGroup * S::kHalfTiles]));
   }
 
   template <int kBuffer>
@@ -519,20 +549,19 @@ class MathGroup {
     wgmma::fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      wgmma::m64n256k16_rs(T{}, out_, p[k], v + wgmma::distance(k * 16 * 128));
+      wgmma::values_rs(T{}, out_, p[k], v + wgmma::distance(k * 16 * 128));
     }
     wgmma::commit();
   }
 
   template <int kBuffer>
   __device__ __forceinline__ void values_from_shared() {
-    const uint64_t p = wgmma::k_major(ptx::smem_address(smem_.kv[kBuffer][kLastSubTile]));
+    const uint64_t p = wgmma::k_major(ptx::smem_address(smem_.kv[kBuffer][S::kTileOfP]));
     const uint64_t v = values_descriptor<kBuffer>();
     wgmma::fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      wgmma::m64n256k16_ss(T{}, out_, p + wgmma::distance(k * 32),
-                           v + wgmma::distance(k * 16 * 128));
+      wgmma::values_ss(T{}, out_, p + wgmma::distance(k * 32), v + wgmma::distance(k * 16 * 128));
     }
     wgmma::commit();
   }
@@ -548,14 +577,14 @@ class MathGroup {
 
   __device__ __forceinline__ void begin_piece(const schedule::Piece& piece) {
 #pragma unroll
-    for (int i = 0; i < 128; ++i) out_[i] = 0.f;
+    for (int i = 0; i < S::kAccumulators; ++i) out_[i] = 0.f;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       state_.max[h] = -INFINITY;
       state_.sum[h] = 0.f;
-      visible_tokens_[h] = visible_tokens(piece, row_tile_ * kRows + row_ + 8 * h);
+      visible_tokens_[h] = visible_tokens(piece, smem_.place.row_tile * kRows + row_ + 8 * h);
     }
-    unmasked_tokens_ = visible_tokens(piece, row_tile_ * kRows);
+    unmasked_tokens_ = visible_tokens(piece, smem_.place.row_tile * kRows);
     ptx::mbarrier_wait(&smem_.q_full, q_parity_);
     q_parity_ ^= 1;
   }
@@ -579,12 +608,13 @@ class MathGroup {
     ptx::mbarrier_arrive(&smem_.sums_full);
     ptx::mbarrier_wait(&smem_.sums_full, piece_parity_);
     piece_parity_ ^= 1;
+    // Warps without a row have nothing to store.
+    if (smem_.place.row_tile * kRows + thread_ / 32 * 16 >= kp_.rows) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       // Both warpgroups add in the same order, so both get the same bits.
       const float sum = sums[0][row_ + 8 * h] + sums[1][row_ + 8 * h];
-      const int row = row_tile_ * kRows + row_ + 8 * h;
-      if (row >= kp_.rows) continue;
+      const int row = smem_.place.row_tile * kRows + row_ + 8 * h;
       if (piece.slot >= 0) {
         store_partial(piece, row, h, sum);
       } else {
@@ -593,82 +623,107 @@ class MathGroup {
     }
   }
 
+  // A thread's accumulators are pairs of columns. Exchanged among the four lanes of a row they
+  // become 16 bytes side by side, a quarter of the requests. All lanes take part, also those whose
+  // row does not exist.
   __device__ __forceinline__ void store_final(const schedule::Piece& piece, int row, int h,
                                               float sum) {
     constexpr float kLn2 = 0.6931471805599453f;
-    const RowIndex index = row_index(kp_, kv_head_, row);
-    // Every term is at least exp2(0) for the maximum, so only an empty row has sum 0.
+    const bool valid = row < kp_.rows;
+    const RowIndex index = row_index(kp_, smem_.place.kv_head, valid ? row : 0);
+    // Every term of a row's first block is at least exp2(0) for its maximum, so only an empty row
+    // has sum 0.
     const bool empty = sum == 0.f;
     const float lse = empty ? INFINITY : (state_.max[h] + log2f(sum)) * kLn2;
     float factor = empty ? 0.f : 1.f / sum;
     if (kp_.p.attn_sink != nullptr && !empty) {
       const int64_t base =
           kp_.p.sink_per_request ? static_cast<int64_t>(piece.request) * kp_.p.heads_q : 0;
-      factor /= 1.f + expf(__ldg(kp_.p.attn_sink + base + index.head) - lse);
+      factor /= 1.f + expf(kp_.p.attn_sink[base + index.head] - lse);
     }
-    T* out = static_cast<T*>(kp_.p.out) + out_row(kp_, piece.request, index) * kDimV +
-             kGroup * (kDimV / 2);
+    const int q = lane_ % 4;
+    T* out = static_cast<T*>(kp_.p.out) + out_row(kp_, piece.request, index) * S::kDimV +
+             kGroup * S::kHalfColumns + q * 8;
 #pragma unroll
-    for (int j = 0; j < 32; ++j) {
-      const uint32_t pair =
-          ptx::pack<T>(out_[4 * j + 2 * h] * factor, out_[4 * j + 2 * h + 1] * factor);
-      *reinterpret_cast<uint32_t*>(out + 8 * j + lane_ % 4 * 2) = pair;
+    for (int g = 0; g < S::kHalfColumns / 32; ++g) {
+      uint32_t x[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int i = 4 * (4 * g + j) + 2 * h;
+        x[j] = ptx::pack<T>(out_[i] * factor, out_[i + 1] * factor);
+      }
+      exchange(x[0], x[1], q & 1, 1);
+      exchange(x[2], x[3], q & 1, 1);
+      exchange(x[0], x[2], q & 2, 2);
+      exchange(x[1], x[3], q & 2, 2);
+      if (valid) *reinterpret_cast<uint4*>(out + g * 32) = uint4{x[0], x[1], x[2], x[3]};
     }
-    if (kGroup == 0 && lane_ % 4 == 0) kp_.p.lse[lse_index(kp_, piece.request, index)] = lse;
+    if (kGroup == 0 && q == 0 && valid) kp_.p.lse[lse_index(kp_, piece.request, index)] = lse;
   }
 
   __device__ __forceinline__ int64_t partial_row(const schedule::Piece& piece, int row) const {
-    return (static_cast<int64_t>(piece.slot) * kp_.p.heads_kv + kv_head_) * kp_.rows + row;
+    return (static_cast<int64_t>(piece.slot) * kp_.p.heads_kv + smem_.place.kv_head) * kp_.rows +
+           row;
   }
 
+  // Not exchanged: the pairs are whole sectors here, and fewer instructions count for more, since
+  // this code runs once and comes from a cold instruction cache.
   __device__ __forceinline__ void store_partial(const schedule::Piece& piece, int row, int h,
                                                 float sum) {
+    if (row >= kp_.rows) return;
     const int64_t slot_row = partial_row(piece, row);
     const bool empty = sum == 0.f;
     const float factor = empty ? 0.f : 1.f / sum;
-    float* out = kp_.p.partial_out + slot_row * kDimV + kGroup * (kDimV / 2);
+    float* out = kp_.p.partial_out + slot_row * S::kDimV + kGroup * S::kHalfColumns + lane_ % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < 32; ++j) {
+    for (int j = 0; j < S::kHalfColumns / 8; ++j) {
       const float2 pair = {out_[4 * j + 2 * h] * factor, out_[4 * j + 2 * h + 1] * factor};
-      *reinterpret_cast<float2*>(out + 8 * j + lane_ % 4 * 2) = pair;
+      *reinterpret_cast<float2*>(out + 8 * j) = pair;
     }
     if (kGroup == 0 && lane_ % 4 == 0) {
       kp_.p.partial_lse[slot_row] = empty ? -INFINITY : state_.max[h] + log2f(sum);
     }
   }
 
+  // With the lane `distance` away: the lower lane keeps a and gets the other's a as b, the upper
+  // one keeps b and gets the other's b as a.
+  __device__ __forceinline__ static void exchange(uint32_t& a, uint32_t& b, bool upper,
+                                                  int distance) {
+    const uint32_t other = __shfl_xor_sync(0xffffffff, upper ? a : b, distance);
+    (upper ? a : b) = other;
+  }
+
   // A piece without blocks: zeros and +inf for a whole request, weight 0 for a part of one.
   __device__ __forceinline__ void store_empty(const schedule::Piece& piece) {
     for (int i = thread_; i < kRows; i += 128) {
-      const int row = row_tile_ * kRows + i;
+      const int row = smem_.place.row_tile * kRows + i;
       if (kGroup != 0 || row >= kp_.rows) continue;
       if (piece.slot >= 0) {
         kp_.p.partial_lse[partial_row(piece, row)] = -INFINITY;
       } else {
-        kp_.p.lse[lse_index(kp_, piece.request, row_index(kp_, kv_head_, row))] = INFINITY;
+        kp_.p.lse[lse_index(kp_, piece.request, row_index(kp_, smem_.place.kv_head, row))] =
+            INFINITY;
       }
     }
     if (piece.slot >= 0) return;
-    constexpr int kChunks = kDimV / 2 / 8;
+    constexpr int kChunks = S::kDimV / 2 / 8;
     for (int i = thread_; i < kRows * kChunks; i += 128) {
-      const int row = row_tile_ * kRows + i / kChunks;
+      const int row = smem_.place.row_tile * kRows + i / kChunks;
       if (row >= kp_.rows) break;
       T* out = static_cast<T*>(kp_.p.out) +
-               out_row(kp_, piece.request, row_index(kp_, kv_head_, row)) * kDimV +
-               kGroup * (kDimV / 2) + i % kChunks * 8;
+               out_row(kp_, piece.request, row_index(kp_, smem_.place.kv_head, row)) * S::kDimV +
+               kGroup * (S::kDimV / 2) + i % kChunks * 8;
       *reinterpret_cast<uint4*>(out) = uint4{0, 0, 0, 0};
     }
   }
 
   const KernelParams& kp_;
-  SharedStorage& smem_;
-  int kv_head_;
-  int row_tile_;
+  SharedStorage<S>& smem_;
   int thread_;  // in the warpgroup
   int lane_;
   int row_;  // of the tile: this thread's first row
 
-  float out_[128];
+  float out_[S::kAccumulators];
   RowState state_;
   float scale_log2_;
   int visible_tokens_[2];
@@ -683,46 +738,52 @@ class MathGroup {
 // ---------------------------------------------------------------------------------------------
 
 // NaN to all results of this row tile and KV head: the schedule is not one for this call.
-template <typename T>
-__device__ __noinline__ void fill_nan(const KernelParams& kp, int kv_head, int row_tile, int part) {
-  const int first_row = row_tile * kRows;
+template <typename T, typename S>
+__device__ __noinline__ void fill_nan(const KernelParams& kp, const Place& place) {
+  const int first_row = place.row_tile * kRows;
   const int count = min(kRows, kp.rows - first_row);
   const uint32_t nan_pair = ptx::pack<T>(NAN, NAN);
-  for (int request = part; request < kp.p.batch; request += kp.p.num_parts) {
-    for (int i = threadIdx.x; i < count * (kDimV / 2); i += blockDim.x) {
-      const RowIndex index = row_index(kp, kv_head, first_row + i / (kDimV / 2));
+  for (int request = place.part; request < kp.p.batch; request += kp.p.num_parts) {
+    for (int i = threadIdx.x; i < count * (S::kDimV / 2); i += kThreads) {
+      const RowIndex index = row_index(kp, place.kv_head, first_row + i / (S::kDimV / 2));
       reinterpret_cast<uint32_t*>(
-          kp.p.out)[out_row(kp, request, index) * (kDimV / 2) + i % (kDimV / 2)] = nan_pair;
+          kp.p.out)[out_row(kp, request, index) * (S::kDimV / 2) + i % (S::kDimV / 2)] = nan_pair;
     }
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      kp.p.lse[lse_index(kp, request, row_index(kp, kv_head, first_row + i))] = NAN;
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      kp.p.lse[lse_index(kp, request, row_index(kp, place.kv_head, first_row + i))] = NAN;
     }
   }
 }
 
 // Grid: num_parts x h_kv x row_tiles, flattened on x with the row tile fastest, so that tiles
 // that read the same keys run side by side.
-template <typename T>
+template <typename T, typename S>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_decode_kernel(const __grid_constant__ KernelParams kp,
                         const __grid_constant__ TensorMaps maps) {
-  extern __shared__ uint8_t shared_bytes[];
-  SharedStorage& smem = *reinterpret_cast<SharedStorage*>(
-      (reinterpret_cast<uintptr_t>(shared_bytes) + 1023) & ~uintptr_t{1023});
+  static_assert(kSharedBytes<S> <= kSharedBytesMax);
+  // Sub-tiles start at multiples of 1,024, as the 128-byte swizzle wants.
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  // Kept in a register: known to the compiler, it would be worked out anew, from a slow special
+  // register, for each access (5% of the time in all).
+  uint8_t* base = shared_bytes;
+  asm volatile("" : "+l"(base));
+  SharedStorage<S>& smem = *reinterpret_cast<SharedStorage<S>*>(base);
 
-  const int row_tile = blockIdx.x % kp.row_tiles;
-  const int kv_head = blockIdx.x / kp.row_tiles % kp.p.heads_kv;
-  const int part = blockIdx.x / kp.row_tiles / kp.p.heads_kv;
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+  const int lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(&maps.copy);
-    ptx::prefetch_tensor_map(&maps.sub_tile);
+    const int tile = static_cast<int>(blockIdx.x) / kp.row_tiles;
+    smem.place = {tile / kp.p.heads_kv, tile % kp.p.heads_kv,
+                  static_cast<int>(blockIdx.x) % kp.row_tiles};
+    ptx::prefetch_tensor_map(&maps.keys_half);
+    ptx::prefetch_tensor_map(&maps.keys_sub_tile);
     ptx::mbarrier_init(&smem.q_full, kp.must_gather_queries ? kQueryLoaderWarps : 1);
     ptx::mbarrier_init(&smem.q_empty, kMathGroups * kWarpArrivals);
     ptx::mbarrier_init(&smem.sums_full, kMathThreads);
     for (int buffer = 0; buffer < kBuffers; ++buffer) {
-      for (int copy = 0; copy < kCopies; ++copy) {
+      for (int copy = 0; copy < S::kCopies; ++copy) {
         ptx::mbarrier_init(&smem.kv_full[buffer][copy], 1);
       }
       ptx::mbarrier_init(&smem.p_full[buffer], 128);
@@ -732,14 +793,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::fence_barrier_init();
   }
+  __syncthreads();
+  // From here on what earlier kernels wrote may be read, and the merge may be launched: it waits.
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
+
   const schedule::Expected expected{
       kp.p.batch, kp.row_tiles * kp.p.heads_kv, kp.p.num_parts,
       schedule::expected_stamp(kp.p.batch_invariant, /*sparse=*/false)};
-  const bool broken = schedule::any_row_broken(kp.p.schedule, expected, threadIdx.x, kThreads);
-  const bool any_broken = __syncthreads_or(broken);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *kp.p.schedule_is_broken = any_broken;
-  if (any_broken) {
-    fill_nan<T>(kp, kv_head, row_tile, part);
+  const bool broken =
+      __syncthreads_or(schedule::any_row_broken(kp.p.schedule, expected, threadIdx.x, kThreads));
+  if (blockIdx.x == 0 && threadIdx.x == 0) *kp.p.schedule_is_broken = broken;
+  if (broken) {
+    fill_nan<T, S>(kp, smem.place);
     return;
   }
 
@@ -748,18 +814,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int thread = threadIdx.x % 128;
     const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
     if (warp < kKeyLoaderWarps) {
-      load_keys(kp, maps, smem, /*buffer=*/warp, part, kv_head, thread % 32);
-    } else if (!kp.must_gather_queries) {
-      if (thread == kKeyLoaderWarps * 32) copy_queries(kp, maps, smem, part, row_tile);
-    } else {
-      gather_queries<T>(kp, smem, part, kv_head, row_tile, thread - kKeyLoaderWarps * 32);
+      load_keys<S>(kp, maps, smem, /*buffer=*/warp, lane);
+    } else if (kp.must_gather_queries) {
+      gather_queries<T, S>(kp, smem, thread - kKeyLoaderWarps * 32);
+    } else if (warp == kKeyLoaderWarps) {
+      copy_queries<S>(kp, maps, smem, lane);
     }
   } else if (warpgroup == 0) {
     ptx::setmaxnreg_inc<kMathRegisters>();
-    MathGroup<T, 0>(kp, smem, kv_head, row_tile).run(part);
+    MathGroup<T, S, 0>(kp, smem).run();
   } else {
     ptx::setmaxnreg_inc<kMathRegisters>();
-    MathGroup<T, 1>(kp, smem, kv_head, row_tile).run(part);
+    MathGroup<T, S, 1>(kp, smem).run();
   }
 }
 

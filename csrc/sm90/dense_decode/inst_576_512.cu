@@ -1,0 +1,6 @@
+#include "sm90/dense_decode/launch.cuh"
+
+namespace flashmla::sm90::dense_decode {
+template Status launch<__nv_bfloat16, 576, 512>(const DenseDecodeParams&, cudaStream_t);
+template Status launch<__half, 576, 512>(const DenseDecodeParams&, cudaStream_t);
+}  // namespace flashmla::sm90::dense_decode
