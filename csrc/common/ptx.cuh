@@ -62,22 +62,6 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Barrier `id` over `threads` threads; true if `value` is true in any of them.
-__device__ __forceinline__ bool named_barrier_or(int id, int threads, bool value) {
-  uint32_t any;
-  asm volatile(
-      "{\n"
-      ".reg .pred p, q;\n"
-      "setp.ne.u32 p, %1, 0;\n"
-      "barrier.cta.red.or.pred q, %2, %3, p;\n"
-      "selp.u32 %0, 1, 0, q;\n"
-      "}\n"
-      : "=r"(any)
-      : "r"(static_cast<uint32_t>(value)), "r"(id), "r"(threads)
-      : "memory");
-  return any != 0;
-}
-
 // ---------------------------------------------------------------------------------------------
 // Copies
 // ---------------------------------------------------------------------------------------------
