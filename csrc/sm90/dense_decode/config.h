@@ -42,6 +42,12 @@ struct Shape {
   // ones would make it the bottleneck.
   static constexpr int kCopies = kHasRope ? 3 : 2;
   static constexpr int kRopeCopy = 2;
+
+  // Registers a thread of the math and the loading warpgroups. The kernel is launched with 168, the
+  // most that 384 threads can have.
+  static constexpr int kMathRegisters = kDimV == 512 ? 232 : 208;
+  static constexpr int kLoadRegisters = kDimV == 512 ? 40 : 88;
+  static_assert(2 * kMathRegisters + kLoadRegisters <= 3 * 168);
 };
 
 constexpr int kMathGroups = 2;
@@ -50,11 +56,6 @@ constexpr int kThreads = kMathThreads + 128;  // the third warpgroup loads
 constexpr int kKeyLoaderWarps = kBuffers;     // of its four warps, one for each key buffer;
 constexpr int kQueryLoaderWarps = 2;          // the others load queries
 static_assert(kKeyLoaderWarps + kQueryLoaderWarps == 4);
-
-// Registers a thread. The kernel is launched with 168, the most that 384 threads can have.
-constexpr int kMathRegisters = 232;
-constexpr int kLoadRegisters = 40;
-static_assert(kMathGroups * kMathRegisters + kLoadRegisters <= 3 * 168);
 
 // A copy-engine box is at most one block; smaller pages take several boxes a sub-tile. Rows come
 // in swizzle groups of 8.

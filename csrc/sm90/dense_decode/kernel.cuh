@@ -810,7 +810,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   if (warpgroup == kMathGroups) {
-    ptx::setmaxnreg_dec<kLoadRegisters>();
+    ptx::setmaxnreg_dec<S::kLoadRegisters>();
     const int thread = threadIdx.x % 128;
     const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
     if (warp < kKeyLoaderWarps) {
@@ -821,10 +821,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       copy_queries<S>(kp, maps, smem, lane);
     }
   } else if (warpgroup == 0) {
-    ptx::setmaxnreg_inc<kMathRegisters>();
+    ptx::setmaxnreg_inc<S::kMathRegisters>();
     MathGroup<T, S, 0>(kp, smem).run();
   } else {
-    ptx::setmaxnreg_inc<kMathRegisters>();
+    ptx::setmaxnreg_inc<S::kMathRegisters>();
     MathGroup<T, S, 1>(kp, smem).run();
   }
 }
