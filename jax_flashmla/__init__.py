@@ -10,6 +10,7 @@ from jax_flashmla.cache import offset_slots as offset_slots
 from jax_flashmla.cache import slot_mapping as slot_mapping
 from jax_flashmla.cache import token_slots as token_slots
 from jax_flashmla.decode import flash_mla_with_kvcache as flash_mla_with_kvcache
+from jax_flashmla.merging import merge_attention_states as merge_attention_states
 from jax_flashmla.metadata import get_mla_metadata as get_mla_metadata
 from jax_flashmla.quantization import dequantize_k_cache as dequantize_k_cache
 from jax_flashmla.quantization import dequantize_kv as dequantize_kv
