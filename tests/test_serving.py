@@ -85,6 +85,12 @@ def test_truncate():
     assert pages.pages("a") == (0, 2) and pages.pages("b") == (0, 1) and pages.shared_pages == 1
     assert pages.truncate("b", 4) == [] and pages.pages("b") == (0,)
     assert pages.truncate("a", 0) == [] and pages.pages("a") == () and pages.used_pages == 1
+    full = PageAllocator(3, 4)
+    full.allocate("a", 8)
+    full.fork("b", "a")
+    full.grow("b", 4)
+    assert full.free_pages == 0
+    assert full.truncate("b", 7) == [(1, 2)]  # the page that it drops is enough for the copy
     full = PageAllocator(1, 4)
     full.allocate("a", 4)
     full.fork("b", "a")
