@@ -324,28 +324,28 @@ def _kimi_yarn(factor: float) -> YarnScaling:
     return YarnScaling(factor, 4096, beta_fast=1.0, mscale=1.0, mscale_all_dim=1.0)
 
 
-# Each with the public source that its numbers were compared with.
+# Each with the public sources that its numbers were compared with. Those have mscale; that
+# mscale_all_dim is the same is what copies of the config.json of V2-Lite, V3 and Kimi K2 say.
 PRESETS: dict[str, MLAConfig] = {
     # AI-Hypercomputer/maxtext, configs/models/deepseek2-236b.yml.
     "deepseek-v2": MLAConfig(
         hidden_size=5120, num_heads=128, q_lora_rank=1536, rope_scaling=_deepseek_yarn(0.707)
     ),
-    # config.json of deepseek-ai/DeepSeek-V2-Lite; AI-Hypercomputer/maxtext,
-    # configs/models/deepseek2-16b.yml.
+    # AI-Hypercomputer/maxtext, configs/models/deepseek2-16b.yml.
     "deepseek-v2-lite": MLAConfig(
         hidden_size=2048, num_heads=16, rope_scaling=_deepseek_yarn(0.707)
     ),
-    # deepseek-ai/DeepSeek-V3, inference/configs/config_671B.json; rope_scaling of its config.json.
+    # deepseek-ai/DeepSeek-V3, inference/configs/config_671B.json; YaRN as in V3.2, with which
+    # maxtext says it is identical.
     "deepseek-v3": MLAConfig(
         hidden_size=7168, num_heads=128, q_lora_rank=1536, rope_scaling=_deepseek_yarn(1.0)
     ),
-    # huggingface/transformers, models/deepseek_v32 (its defaults are those of V3.2-Exp);
-    # AI-Hypercomputer/maxtext, configs/models/deepseek3.2-671b.yml.
+    # AI-Hypercomputer/maxtext, configs/models/deepseek3.2-671b.yml; huggingface/transformers,
+    # models/deepseek_v32 (its defaults are the dimensions of V3.2-Exp).
     "deepseek-v3.2": MLAConfig(
         hidden_size=7168, num_heads=128, q_lora_rank=1536, rope_scaling=_deepseek_yarn(1.0)
     ),
-    # AI-Hypercomputer/maxtext, configs/models/kimi-k2-1t.yml; rope_scaling of the config.json of
-    # moonshotai/Kimi-K2-Instruct, where beta_fast is 1 as well.
+    # AI-Hypercomputer/maxtext, configs/models/kimi-k2-1t.yml. That beta_fast is 1 is no mistake.
     "kimi-k2": MLAConfig(
         hidden_size=7168,
         num_heads=64,
@@ -371,7 +371,8 @@ PRESETS: dict[str, MLAConfig] = {
         q_scale=(6144 / 1536) ** 0.5,
         kv_scale=(6144 / 512) ** 0.5,
     ),
-    # huggingface/transformers, models/glm4_moe_lite; config.json of zai-org/GLM-4.7-Flash.
+    # huggingface/transformers, models/glm4_moe_lite (dimensions); blap/Mod,
+    # src/inference_pio/models/glm_4_7_flash/config.py (rope_theta).
     "glm-4.7-flash": MLAConfig(
         hidden_size=2048,
         num_heads=20,
@@ -380,8 +381,8 @@ PRESETS: dict[str, MLAConfig] = {
         v_head_dim=256,
         rope_theta=1e6,
     ),
-    # huggingface/transformers, models/glm_moe_dsa; jd-opensource/xllm, models/llm/glm5.h, after
-    # the config.json of zai-org/GLM-5.
+    # jd-opensource/xllm, xllm/models/llm/glm5.h; huggingface/transformers, models/glm_moe_dsa
+    # (dimensions).
     "glm-5": MLAConfig(
         hidden_size=6144,
         num_heads=64,
