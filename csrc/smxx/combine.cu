@@ -11,6 +11,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/dependent_launch.cuh"
 #include "common/ptx.cuh"
 #include "common/schedule.cuh"
 #include "launch.h"
@@ -246,19 +247,8 @@ Status launch_kernel(const DenseDecodeParams& p, cudaStream_t stream) {
   const int row_groups = schedule::ceil_div(rows * p.heads_kv, kWarps / kWarpsPerRow);
   const int64_t ctas =
       static_cast<int64_t>(merge_by_request(p) ? p.batch : p.num_parts) * row_groups;
-  if (ctas > INT32_MAX) return {cudaErrorInvalidConfiguration, "grid of the merge kernel"};
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(ctas);
-  config.blockDim = kThreads;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  FLASHMLA_RETURN_IF_ERROR(
-      cudaLaunchKernelEx(&config, combine_kernel<T, kDimV, kWarpsPerRow>, p, rows, row_groups));
-  return {};
+  return launch_dependent(&combine_kernel<T, kDimV, kWarpsPerRow>, "grid of the merge kernel", ctas,
+                          kThreads, 0, stream, p, rows, row_groups);
 }
 
 template <typename T, int kDimV>

@@ -11,6 +11,7 @@
 //   segments that parts begin in are read a second time, as is all of a batch-invariant batch.
 #include <algorithm>
 
+#include "common/dependent_launch.cuh"
 #include "common/ptx.cuh"
 #include "common/schedule.h"
 #include "launch.h"
@@ -501,22 +502,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-template <typename... Args>
-Status launch(void (*kernel)(Args...), int threads, cudaStream_t stream, Args... args) {
-  // May be launched before its predecessor has finished: both kernels wait for that.
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = 1;
-  config.blockDim = threads;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  FLASHMLA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, args...));
-  return {};
-}
-
 }  // namespace
 
 Status launch_schedule(const ScheduleParams& params, cudaStream_t stream) {
@@ -525,14 +510,15 @@ Status launch_schedule(const ScheduleParams& params, cudaStream_t stream) {
   const int even_cap = (1 << 30) / std::max(params.batch, 1) - schedule::kOverheadBlocks;
   const int most_blocks = std::max(even_cap, 1);
   const int most = std::max(params.batch, params.num_parts);
+  constexpr const char* kGrid = "grid of the scheduler kernel";
   if (most <= kMaxThreads) {
-    return launch(&small_schedule_kernel, 32 * schedule::ceil_div(most, 32), stream, params,
-                  most_blocks);
+    return launch_dependent(&small_schedule_kernel, kGrid, 1, 32 * schedule::ceil_div(most, 32), 0,
+                            stream, params, most_blocks);
   }
   int log_segment_tiles = 0;
   while ((int64_t{kTile} * kMaxSegments << log_segment_tiles) < params.batch) ++log_segment_tiles;
-  return launch(&large_schedule_kernel, kMaxThreads, stream, params, most_blocks,
-                log_segment_tiles);
+  return launch_dependent(&large_schedule_kernel, kGrid, 1, kMaxThreads, 0, stream, params,
+                          most_blocks, log_segment_tiles);
 }
 
 }  // namespace flashmla

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "common/dependent_launch.cuh"
 #include "common/tensor_map.h"
 #include "sm90/dense_decode/kernel.cuh"
 
@@ -14,22 +15,9 @@ Status launch_kernel(const KernelParams& kp, const TensorMaps& maps, cudaStream_
   auto* kernel = &dense_decode_kernel<T, S>;
   FLASHMLA_RETURN_IF_ERROR(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<S>));
-  // x alone reaches 2^31 - 1; y and z would stop at 65,535.
   const int64_t ctas = static_cast<int64_t>(kp.row_tiles) * kp.p.heads_kv * kp.p.num_parts;
-  if (ctas > INT32_MAX) return {cudaErrorInvalidConfiguration, "grid of the attention kernel"};
-
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(ctas);
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kSharedBytes<S>;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  FLASHMLA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, kp, maps));
-  return {};
+  return launch_dependent(kernel, "grid of the attention kernel", ctas, kThreads, kSharedBytes<S>,
+                          stream, kp, maps);
 }
 
 template <typename T, int kDim, int kDimV>

@@ -1,0 +1,35 @@
+// Host side of programmatic dependent launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "launch.h"
+
+namespace flashmla {
+
+// Launches a kernel that may start before the kernels before it have finished, and waits for them
+// itself (ptx::grid_dependency_wait). `grid_name` is what an error calls the grid.
+template <typename... Params>
+Status launch_dependent(void (*kernel)(Params...), const char* grid_name, int64_t ctas, int threads,
+                        size_t shared_bytes, cudaStream_t stream,
+                        const std::type_identity_t<Params>&... params) {
+  // x alone reaches 2^31 - 1; y and z would stop at 65,535.
+  if (ctas > INT32_MAX) return {cudaErrorInvalidConfiguration, grid_name};
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(ctas);
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  FLASHMLA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, params...));
+  return {};
+}
+
+}  // namespace flashmla
