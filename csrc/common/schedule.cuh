@@ -83,10 +83,6 @@ class PieceWalk {
     end_unit_ = row.end_unit;
   }
 
-  // Where the walk stands.
-  __device__ __forceinline__ int request() const { return request_; }
-  __device__ __forceinline__ int unit() const { return unit_; }
-
   __device__ __forceinline__ bool next(Piece& piece) {
     while (request_ < end_request_ || (request_ == end_request_ && end_unit_ > 0)) {
       const int length = cache_seqlens_[request_];

@@ -706,13 +706,13 @@ class MathGroup {
       }
     }
     if (piece.slot >= 0) return;
-    constexpr int kChunks = S::kDimV / 2 / 8;
+    constexpr int kChunks = S::kHalfColumns / 8;
     for (int i = thread_; i < kRows * kChunks; i += 128) {
       const int row = smem_.place.row_tile * kRows + i / kChunks;
       if (row >= kp_.rows) break;
       T* out = static_cast<T*>(kp_.p.out) +
                out_row(kp_, piece.request, row_index(kp_, smem_.place.kv_head, row)) * S::kDimV +
-               kGroup * (S::kDimV / 2) + i % kChunks * 8;
+               kGroup * S::kHalfColumns + i % kChunks * 8;
       *reinterpret_cast<uint4*>(out) = uint4{0, 0, 0, 0};
     }
   }
