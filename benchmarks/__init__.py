@@ -1,7 +1,7 @@
 """Benchmarks of the CUDA kernels: ``python -m benchmarks``, from a checkout, on a GPU.
 
-``measure`` and ``inside_jax`` time, ``sections`` says what a run consists of, ``report`` and
-``plots`` show results, ``targets`` judges them. The cases are those of tests/cases.py.
+``measure``, ``inside_jax`` and ``end_to_end`` time, ``sections`` says what a run consists of,
+``report`` and ``plots`` show results, ``targets`` judges them. Cases are those of tests/cases.py.
 """
 
 import sys

@@ -1,8 +1,9 @@
 """Benchmarks of dense decode: ``python -m benchmarks --out benchmarks/results/NAME``.
 
 Without a section only the rows beside the peer are measured. Writes NAME.json (a key for each
-section) and NAME.csv (the rows), again after every section, and prints tables while it runs.
-A case that fails is reported, and the others go on; the exit status is then 1.
+section), NAME.csv (the rows) and NAME_end_to_end.csv (those of --end-to-end), again after every
+section, and prints tables while it runs. A case that fails is reported, and the others go on; the
+exit status is then 1.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _SECTION_HELP = {
     "xla": "some cases with implementation='xla'",
     "batch_invariant": "every case of the peer with batch_invariant=True",
     "metadata": "the scheduler of get_mla_metadata",
+    "end_to_end": "steps of DeepSeek V3's 61 layers of attention; needs 100 GB of GPU memory",
 }
 
 
@@ -48,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in _SECTION_HELP.items():
         chosen.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
     chosen.add_argument("--all", action="store_true", help="all of them")
+    chosen.add_argument(
+        "--unrolled",
+        action="store_true",
+        help="end to end with layers in a row instead of a loop; takes minutes to compile",
+    )
     parser.add_argument("--targets", action="store_true", help="judge the targets; measures rows")
     files = parser.add_argument_group("results of an earlier run; nothing is measured")
     files.add_argument("--report", type=Path, metavar="JSON", help="print its tables and targets")
@@ -155,12 +162,18 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.unrolled and not (options.end_to_end or options.all):
+        parser.error("--unrolled goes with --end-to-end")
     if options.report or options.plot:
         return _show(parser, options)
     if not _ffi.cuda_built():
         parser.error("this build of jax_flashmla has no CUDA kernels")
     work = {
-        name: [item for item in sections.items(name) if options.filter in item.name]
+        name: [
+            item
+            for item in sections.items(name, unrolled=options.unrolled)
+            if options.filter in item.name
+        ]
         for name in _chosen_sections(options)
     }
     work = {name: items for name, items in work.items() if items}

@@ -27,10 +27,10 @@ class Column:
         return text.ljust(-self.width) if self.width < 0 else text.rjust(self.width)
 
 
-def _number(key: str, head: str, width: int, form: str) -> Column:
+def _number(key: str, head: str, width: int, form: str, scale: float = 1) -> Column:
     def text(row: Row) -> str:
         value = row.get(key)
-        return "-" if value is None else format(value, form)
+        return "-" if value is None else format(value if scale == 1 else value * scale, form)
 
     return Column(head, width, text)
 
@@ -124,6 +124,21 @@ TABLES = {
             _number("peer_us", "peer", 9, ".1f"),
         ),
     ),
+    "end_to_end": Table(
+        "A step of DeepSeek V3's attention layers, in ms; bound: what the ceilings allow",
+        (
+            _NAME,
+            _number("us", "step", 8, ".2f", 1e-3),
+            _number("tokens_per_s", "tokens/s", 9, ".0f"),
+            _number("without_attention_us", "without attention", 18, ".2f", 1e-3),
+            _number("attention_share", "attention", 10, ".0%"),
+            _number("raw_us", "kernels", 8, ".2f", 1e-3),
+            _number("bound_us", "bound", 7, ".2f", 1e-3),
+            _number("of_bound", "of it", 6, ".0%"),
+            _number("xla_us", "XLA", 9, ".1f", 1e-3),
+            _number("xla_over_ours", "XLA/ours", 9, ".1f"),
+        ),
+    ),
 }
 
 
@@ -161,7 +176,20 @@ def summary_line(section: str, rows: list[Row]) -> str | None:
             f"geometric mean of the ratio: {mean:.2f}; highest {worst['over_ordinary']:.2f} "
             f"({worst['name']})"
         )
+    if section == "end_to_end":
+        return "\n".join(note for row in rows for note in _end_to_end_notes(row)) or None
     return None
+
+
+def _end_to_end_notes(row: Row) -> Iterable[str]:
+    """What the numbers of a step do not say."""
+    if row.get("xla_note"):
+        yield f"{row['name']}: no time with XLA: {row['xla_note']}"
+    if row.get("xla_cache_copies"):
+        yield f"{row['name']}: with XLA the step copies the cache"
+    if row.get("weight_copy_bytes"):
+        size = row["weight_copy_bytes"] / 1e6
+        yield f"{row['name']}: {size:.0f} MB of weights are copied in each layer"
 
 
 def full_text(result: Result) -> str:
@@ -182,13 +210,21 @@ def full_text(result: Result) -> str:
 
 
 def save(out: Path, result: Result) -> None:
-    """Writes OUT.json, and OUT.csv with the rows beside the peer if there are any."""
+    """Writes OUT.json, and OUT.csv with the rows beside the peer if there are any.
+
+    Those of end to end go to OUT_end_to_end.csv.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    rows = result.get("rows")
-    if rows:
-        with out.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+    for section, suffix in (("rows", ""), ("end_to_end", "_end_to_end")):
+        rows = result.get(section)
+        if not rows:
+            continue
+        # A row may lack what it could not measure.
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        path = out.with_suffix("")
+        with path.with_name(f"{path.name}{suffix}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
 

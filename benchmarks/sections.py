@@ -9,10 +9,10 @@ from typing import Any
 import cases
 from cases import DenseCase
 
-from benchmarks import inside_jax, measure
+from benchmarks import end_to_end, inside_jax, measure
 
 #: Sections in the order in which they run; also their keys in the results.
-NAMES = ("rows", "sweep", "metadata", "batch_invariant", "inside_jax", "xla")
+NAMES = ("rows", "sweep", "metadata", "batch_invariant", "inside_jax", "xla", "end_to_end")
 
 SWEEP_HEADS = (16, 64, 128)
 SWEEP_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)  # at SWEEP_BATCH requests
@@ -68,8 +68,8 @@ def _curves(
     return [_named(b, s_k, h) for h in heads for b, s_k in dict.fromkeys(points)]
 
 
-def items(section: str) -> list[Item]:
-    """The rows of a section."""
+def items(section: str, *, unrolled: bool = False) -> list[Item]:
+    """The rows of a section; ``unrolled``: end to end without a loop over layers."""
     if section == "rows":
         return [
             Item(c.name, c, lambda timer, c=c: timer.decode(c)) for c in cases.dense_benchmarks()
@@ -99,5 +99,14 @@ def items(section: str) -> list[Item]:
         return [
             Item(f"metadata-b{b}", None, lambda timer, b=b: timer.metadata(b))
             for b in METADATA_REQUESTS
+        ]
+    if section == "end_to_end":
+        return [
+            Item(
+                stack.name,
+                stack.case,
+                lambda timer, s=stack: end_to_end.measure_stack(timer, s, unrolled=unrolled),
+            )
+            for stack in end_to_end.STACKS
         ]
     raise ValueError(f"no section is called {section!r}; there are {NAMES}")

@@ -20,7 +20,15 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # behind an installed jax_flashmla
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import inside_jax, measure, plots, report, sections, targets  # noqa: E402
+from benchmarks import (  # noqa: E402
+    end_to_end,
+    inside_jax,
+    measure,
+    plots,
+    report,
+    sections,
+    targets,
+)
 
 COMMITTED = ROOT / "benchmarks" / "results" / "h200_dense_decode.json"
 LIMITS = {"read_gb_per_s": 4400.0, "bf16_matmul_tflop_per_s": 720.0}
@@ -80,6 +88,24 @@ def inside_row(xla_us=0.5, calls=61):
         "query_us": None if xla_us is None else 1.4,
         "schedule_us": 0.1,
         "xla_us": xla_us,
+    }
+
+
+def step_row(stack, unrolled=False):
+    return {
+        **measure.sizes(stack.case),
+        "program": "unrolled" if unrolled else "scan",
+        "us": 40_000.0,
+        "tokens_per_s": 25.0 * stack.b,
+        "without_attention_us": 10_000.0,
+        "attention_us": 30_000.0,
+        "attention_share": 0.75,
+        "raw_us": 29_000.0,
+        "bound_us": None,
+        "of_bound": None,
+        "xla_us": 1_000_000.0,
+        "xla_over_ours": 25.0,
+        "xla_note": None,
     }
 
 
@@ -163,8 +189,10 @@ def test_the_report_has_every_row_and_both_fractions():
 
 
 def test_the_report_shows_every_section_and_failures():
-    result = made_up(names=tuple(name for name in sections.NAMES if name != "inside_jax"))
+    others = {"inside_jax", "end_to_end"}
+    result = made_up(names=tuple(name for name in sections.NAMES if name not in others))
     result["inside_jax"] = [inside_row(), inside_row(xla_us=None)]
+    result["end_to_end"] = [step_row(stack) for stack in end_to_end.STACKS]
     result["errors"] = [{"section": "xla", "case": "b1", "error": "RuntimeError: no"}]
     text = report.full_text(result)
     for table in report.TABLES.values():
@@ -421,6 +449,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(measure, "random_pool", lambda pages: None)
     monkeypatch.setattr(measure, "Timer", lambda *_, **__: MadeUpTimer(at_the_ceilings))
     monkeypatch.setattr(inside_jax, "measure_case", inside)
+    monkeypatch.setattr(
+        end_to_end, "measure_stack", lambda timer, stack, unrolled: step_row(stack, unrolled)
+    )
 
 
 def test_without_a_section_the_rows_are_measured(gpu, tmp_path, capsys):
@@ -449,6 +480,7 @@ def test_a_failing_section_does_not_stop_the_others(gpu, tmp_path, capsys):
     result = report.load(out.with_suffix(".json"))
     assert result["inside_jax"] == [] and len(result["xla"]) == len(sections.items("xla"))
     assert len(result["rows"]) == 53 and len(result["metadata"]) == 7
+    assert [row["program"] for row in result["end_to_end"]] == ["scan"] * 3
     assert {error["section"] for error in result["errors"]} == {"inside_jax"}
     assert result["errors"][0]["error"] == "RuntimeError: toy failure"
     assert "failed: inside_jax b1-sk512-h8-sq1: toy failure" in captured.out
@@ -473,6 +505,23 @@ def test_targets_measure_the_rows_too(gpu, capsys):
     assert command.main(["--targets", "--metadata"]) == 0
     printed = capsys.readouterr().out
     assert "a1  met" in printed and "e   met" in printed and "f   not measured" in printed
+
+
+def test_end_to_end_alone(gpu, tmp_path, capsys):
+    out = tmp_path / "result"
+    options = ["--end-to-end", "--unrolled", "--filter", "b32-sk8192", "--out", str(out)]
+    assert command.main(options) == 0
+    (row,) = report.load(out.with_suffix(".json"))["end_to_end"]
+    assert row["b"] == 32 and row["s_k"] == 8192 and row["program"] == "unrolled"
+    assert not out.with_suffix(".csv").exists()
+    header, line = (tmp_path / "result_end_to_end.csv").read_text().splitlines()
+    assert header.split(",") == list(row) and line.startswith("v3-61-layers-b32-sk8192,32,8192,")
+    capsys.readouterr()
+    assert command.main(["--report", str(out.with_suffix(".json"))]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in printed if line.startswith("v3-61-layers-b32-sk8192")]
+    numbers = ["40.00", "800", "10.00", "75%", "29.00", "-", "-", "1000.0", "25.0"]
+    assert line.split()[1:] == numbers
 
 
 def test_results_of_earlier_runs_are_shown(capsys, tmp_path):
@@ -500,6 +549,7 @@ def test_wrong_arguments(gpu, capsys, tmp_path):
     assert "0 is not at least 1" in fails(capsys, "--launches", 0)
     assert "invalid" in fails(capsys, "--replays", "many")
     assert "leave out --inside-jax" in fails(capsys, "--report", COMMITTED, "--inside-jax")
+    assert "--unrolled goes with --end-to-end" in fails(capsys, "--unrolled", "--rows")
     assert "leave out --out" in fails(capsys, "--plot", COMMITTED, "--out", "x")
     assert "cannot read" in fails(capsys, "--report", tmp_path / "none.json")
     other = tmp_path / "other.json"
