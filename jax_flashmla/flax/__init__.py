@@ -1,10 +1,12 @@
 """Multi-head latent attention as a layer of a model: configuration, functions, Flax modules.
 
-`MLAConfig` and the functions of `jax_flashmla.flax.core` need nothing but JAX. The layers are in
+`MLAConfig`, the functions of `jax_flashmla.flax.core` and the indexer of DeepSeek V3.2
+(`jax_flashmla.flax.indexer`) need nothing but JAX. The layers are in
 `jax_flashmla.flax.nnx` and `jax_flashmla.flax.linen`, which need Flax
 (``pip install 'jax_flashmla[flax]'``) and are not imported here.
 """
 
+from jax_flashmla.flax import indexer as indexer
 from jax_flashmla.flax.config import MLAConfig as MLAConfig
 from jax_flashmla.flax.config import YarnScaling as YarnScaling
 from jax_flashmla.flax.core import PrefillResult as PrefillResult
@@ -17,3 +19,4 @@ from jax_flashmla.flax.core import param_shapes as param_shapes
 from jax_flashmla.flax.core import param_specs as param_specs
 from jax_flashmla.flax.core import params_from_hf as params_from_hf
 from jax_flashmla.flax.core import prefill as prefill
+from jax_flashmla.flax.indexer import IndexerConfig as IndexerConfig
