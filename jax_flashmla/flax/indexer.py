@@ -535,9 +535,8 @@ def _best_columns(
         keys, present = load(number)
         new = index_scores(q, weights, keys)
         # All of them above -inf, which is for columns that are not seen; NaN on top, where it
-        # shows; and -0 equal to 0, so that equal scores are chosen in order of position.
+        # shows.
         new = jnp.where(jnp.isnan(new), jnp.inf, jnp.maximum(new, jnp.finfo(jnp.float32).min))
-        new = jnp.where(new == 0, 0.0, new)
         column = number * block + jnp.arange(block, dtype=jnp.int32)
         visible = (first[..., None] <= column) & (column <= last[..., None])
         new = jnp.where(visible & present[..., None, :], new, -jnp.inf)
