@@ -639,7 +639,7 @@ def prefill(
     padded = jnp.pad(keys, ((0, blocks * block - t), (0, 0)))
     row = jnp.where(positions >= 0, jnp.arange(t, dtype=jnp.int32), -1)
 
-    def choose(q_latent, weights, positions, row):
+    def choose(x, q_latent, positions, row):
         q = index_queries(params, q_latent, positions, config)
 
         def load(number):
@@ -650,7 +650,7 @@ def prefill(
         first = jnp.where(row >= 0, row - positions, 0)
         rows = _best_columns(
             q[None],
-            weights[None],
+            index_weights(params, x, config)[None],
             first[None],
             row[None],
             load,
@@ -662,7 +662,7 @@ def prefill(
 
     rows, indices = online_softmax.map_chunks(
         choose,
-        (q_latent, index_weights(params, x, config), positions, row),
+        (x, q_latent, positions, row),
         (0, 0, -1, -1),
         at_once,
     )
@@ -780,7 +780,7 @@ def decode(
         array = jnp.pad(array, padding, constant_values=fill)
         return array.reshape(b * parts, each, *array.shape[2:])
 
-    def choose(q_latent, weights, positions, table):
+    def choose(x, q_latent, positions, table):
         q = index_queries(params, q_latent, positions, config)
 
         def load(number):
@@ -794,7 +794,7 @@ def decode(
 
         return _best_columns(
             q,
-            weights,
+            index_weights(params, x, config),
             jnp.zeros_like(positions),
             positions,
             load,
@@ -806,8 +806,8 @@ def decode(
     indices = online_softmax.map_chunks(
         choose,
         (
+            divide(x, 0),
             divide(q_latent, 0),
-            divide(index_weights(params, x, config), 0),
             divide(positions, -1),
             jnp.repeat(table, parts, axis=0),
         ),
