@@ -8,6 +8,7 @@ tests/parity compares the example with transformers itself.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -277,13 +278,22 @@ def requests_of(seed=0):
     ]
 
 
-@pytest.fixture(scope="module", params=["v2", "v3"])
-def loaded(request, tmp_path_factory):
-    hf = {"v2": V2, "v3": V3}[request.param]
-    tensors = make_tensors(hf)
-    folder = write(tmp_path_factory.mktemp("models") / request.param, hf, tensors)
-    params, config = checkpoint.load(folder)
-    return Loaded(hf, tensors, folder, params, config, engine_of(params, config))
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    @functools.cache
+    def get(name):
+        hf = {"v2": V2, "v3": V3}[name]
+        tensors = make_tensors(hf)
+        folder = write(tmp_path_factory.mktemp("models") / name, hf, tensors)
+        params, config = checkpoint.load(folder)
+        return Loaded(hf, tensors, folder, params, config, engine_of(params, config))
+
+    return get
+
+
+@pytest.fixture(params=["v2", "v3"])
+def loaded(request, models):
+    return models(request.param)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -396,32 +406,38 @@ def test_end_of_text(loaded):
 
 
 def test_sampling():
-    logits = jnp.log(jnp.array([[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]]) + 1e-9)
-    seeds, positions = jnp.full(4000, 5), jnp.arange(4000)
-    wide = jnp.broadcast_to(logits[1], (4000, 3))
-    drawn = np.asarray(generate.sample(wide, seeds, positions, 1.0))
-    assert np.allclose(np.bincount(drawn, minlength=3) / 4000, [0.1, 0.2, 0.7], atol=0.03)
-    cold = np.asarray(generate.sample(wide, seeds, positions, 0.5))
-    assert np.allclose(np.bincount(cold) / 4000, np.array([1, 4, 49]) / 54, atol=0.03)
-    # Of a row only its own seed and position count.
-    one = generate.sample(wide[:1], seeds[:1], positions[7:8], 1.0)
-    assert int(one[0]) == drawn[7]
-    other = np.asarray(generate.sample(wide, seeds + 1, positions, 1.0))
+    n = 4000
+    logits = jnp.log(jnp.array([0.1, 0.2, 0.7]))
+    wide = jnp.broadcast_to(logits, (n, 3))
+    seeds, positions = jnp.full(n, 5, jnp.int32), jnp.arange(n, dtype=jnp.int32)
+    sample = jax.jit(generate.sample)
+    drawn = np.asarray(sample(wide, seeds, positions, jnp.ones(n)))
+    assert np.allclose(np.bincount(drawn, minlength=3) / n, [0.1, 0.2, 0.7], atol=0.03)
+    cold = np.asarray(sample(wide, seeds, positions, jnp.full(n, 0.5)))
+    assert np.allclose(np.bincount(cold) / n, np.array([1, 4, 49]) / 54, atol=0.03)
+    # Of a row only its own seed, position and temperature count; 0 is the best token.
+    warm = jnp.arange(n) % 2 == 1
+    mixed = np.asarray(sample(wide, seeds, positions, warm.astype(jnp.float32)))
+    assert mixed.tolist() == np.where(warm, drawn, 2).tolist()
+    assert int(sample(wide[:1], seeds[:1], positions[7:8], jnp.ones(1))[0]) == drawn[7]
+    other = np.asarray(sample(wide, seeds + 1, positions, jnp.ones(n)))
     assert 0.3 < np.mean(other != drawn) < 0.7
-    assert generate.sample(wide, seeds, positions, 0).tolist() == [2] * 4000
+    assert sample(wide, seeds, positions, jnp.zeros(n)).tolist() == [2] * n
 
 
-def test_a_sampled_request_does_not_depend_on_the_batch(tmp_path):
-    params, config = checkpoint.load(write(tmp_path / "v2", V2, make_tensors(V2)))
-    engine = engine_of(params, config, temperature=0.8)
-    together = requests_of()
+def test_a_sampled_request_does_not_depend_on_the_batch(models):
+    engine = models("v2").engine
+    together, greedy = requests_of(), requests_of()[2]
+    for request in together[1:]:
+        request.temperature = 0.8
     engine.generate(together)
-    alone = requests_of()[2]
-    engine.generate([alone])
+    alone, other = (dataclasses.replace(requests_of()[2], temperature=0.8) for _ in range(2))
+    other.seed = 99
+    for request in (alone, other, greedy):
+        engine.generate([request])
     assert alone.tokens == together[2].tokens
-    other = dataclasses.replace(requests_of()[2], seed=99)
-    engine.generate([other])
-    assert other.tokens != alone.tokens
+    assert other.tokens != alone.tokens != greedy.tokens
+    assert len(engine.programs) == 2
 
 
 @pytest.mark.parametrize(
@@ -695,7 +711,8 @@ def test_bad_folders(tmp_path):
 # Several devices
 
 
-def test_a_mesh_generates_the_same_tokens(loaded):
+def test_a_mesh_generates_the_same_tokens(models):
+    loaded = models("v3")
     mesh = parallel.make_mesh(2, 4)
     params, config = checkpoint.load(loaded.folder, mesh=mesh)
     experts = params["runs"][-1]["experts"]["gate"]
@@ -712,11 +729,11 @@ def test_a_mesh_generates_the_same_tokens(loaded):
     assert [pages.free_pages for pages in engine.pages] == [9, 9]
 
 
-def test_meshes_that_do_not_fit(loaded):
+def test_meshes_that_do_not_fit(models):
     with pytest.raises(ValueError, match="there are 8 devices"):
         parallel.make_mesh(3, 3)
     with pytest.raises(model.CheckpointError, match="does not divide among 3 devices"):
-        checkpoint.load(loaded.folder, mesh=parallel.make_mesh(1, 3))
+        checkpoint.load(models("v3").folder, mesh=parallel.make_mesh(1, 3))
 
 
 # ---------------------------------------------------------------------------------------------

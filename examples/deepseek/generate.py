@@ -40,12 +40,14 @@ class Request:
     Attributes:
       prompt: tokens, at least one.
       max_new_tokens: how many to generate, unless the text ends before.
+      temperature: 0 takes the best tokens, else they are drawn from ``logits / temperature``.
       seed: of its random choices; the same one makes the same choices in any batch.
       tokens: what has been generated; an end-of-text token is the last one.
     """
 
     prompt: list[int]
     max_new_tokens: int
+    temperature: float = 0.0
     seed: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
 
@@ -83,34 +85,37 @@ class Times:
 # The steps, on the device
 
 
-def sample(logits, seeds, positions, temperature: float):
-    """The next tokens, int32[b]: the best ones, or drawn with keys of a request and a position."""
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+def sample(logits, seeds, positions, temperatures):
+    """The next tokens, int32[b]. Random ones depend on nothing but their own row."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def draw(logits, seed, position):
+    def draw(logits, seed, position, temperature):
         key = jax.random.fold_in(jax.random.key(seed), position)
-        return jax.random.categorical(key, logits / temperature)
+        return jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
 
-    return jax.vmap(draw)(logits, seeds, positions).astype(jnp.int32)
+    def mixed():
+        drawn = jax.vmap(draw)(logits, seeds, positions, temperatures)
+        return jnp.where(temperatures > 0, drawn.astype(jnp.int32), best)
+
+    return jax.lax.cond(jnp.any(temperatures > 0), mixed, lambda: best)
 
 
-def prefill_step(params, cache, block_table, seeds, tokens, cu_seqlens, *, temperature, **options):
+def prefill_step(params, cache, block_table, seeds, temperatures, tokens, cu_seqlens, **options):
     """Writes the prompts of new rows. Returns the cache and the token that follows each."""
     hidden, cache = model.prefill(params, tokens, cu_seqlens, cache, block_table, **options)
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     last = hidden[jnp.maximum(cu_seqlens[1:] - 1, 0)]  # anything, in rows that are not new
     scores = model.logits(params, last, options["axis"])
-    return cache, sample(scores, seeds, lengths, temperature)
+    return cache, sample(scores, seeds, lengths, temperatures)
 
 
-def decode_step(params, cache, block_table, seeds, tokens, positions, *, temperature, **options):
+def decode_step(params, cache, block_table, seeds, temperatures, tokens, positions, **options):
     """Writes one token of each row. Returns the cache and the token that follows each."""
     hidden, cache = model.decode(
         params, tokens[:, None], positions[:, None], cache, block_table, **options
     )
     scores = model.logits(params, hidden[:, 0], options["axis"])
-    return cache, sample(scores, seeds, positions + 1, temperature)
+    return cache, sample(scores, seeds, positions + 1, temperatures)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -134,7 +139,6 @@ class Engine:
         num_pages: int | None = None,
         page_size: int = 64,
         max_prefill_tokens: int = 2048,
-        temperature: float = 0.0,
         implementation: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ):
@@ -148,7 +152,6 @@ class Engine:
           page_size: tokens of a page.
           max_prefill_tokens: new requests wait if prompts of one step would exceed it; a longer
             prompt has a step of its own.
-          temperature: 0 takes the best token, else tokens are drawn from ``logits / temperature``.
           implementation: of the attention: ``"cuda"``, ``"xla"`` or None.
           mesh: of ``parallel.make_mesh``.
         """
@@ -170,7 +173,6 @@ class Engine:
         self.options = {
             "config": config if mesh is None else config.divided(mesh.shape[MODEL]),
             "axis": None if mesh is None else MODEL,
-            "temperature": temperature,
             "implementation": implementation,
         }
         make_cache = functools.partial(
@@ -212,6 +214,8 @@ class Engine:
     def _check(self, number: int, request: Request) -> None:
         if not request.prompt or request.max_new_tokens < 1:
             raise ValueError(f"request {number} has no prompt, or nothing to generate")
+        if request.temperature < 0:
+            raise ValueError(f"request {number} has a temperature of {request.temperature}")
         if not all(0 <= token < self.config.vocab_size for token in request.prompt):
             raise ValueError(f"request {number} has a token outside of the vocabulary")
         available = min(self.max_length, self.pages[0].num_pages * self.pages[0].page_size)
@@ -295,9 +299,10 @@ class Engine:
             )
             for i, pages in enumerate(self.pages)
         ]
-        seeds = np.array([request.seed if request else 0 for request in self.rows], np.int32)
-        arrays = (np.concatenate(tables), seeds, *arrays)
-        name = (step, arrays[2].shape)
+        seeds = np.array([r.seed if r else 0 for r in self.rows], np.int32)
+        temperatures = np.array([r.temperature if r else 0 for r in self.rows], np.float32)
+        name = (step, arrays[0].shape)
+        arrays = (np.concatenate(tables), seeds, temperatures, *arrays)
         if name not in self.programs:
             started = time.perf_counter()
             program = functools.partial(step, **self.options)
@@ -411,7 +416,7 @@ def _generate(options) -> None:
     tokenizer = Tokenizer(options.checkpoint) if options.prompt else None
     prompts = [*map(tokenizer.encode, options.prompt)] if tokenizer else []
     requests = [
-        Request(prompt, options.max_new_tokens, options.seed + number)
+        Request(prompt, options.max_new_tokens, options.temperature, options.seed + number)
         for number, prompt in enumerate(prompts + options.token_ids)
     ]
     mesh = None if options.mesh is None else make_mesh(*options.mesh)
@@ -429,7 +434,6 @@ def _generate(options) -> None:
         max_length=max(request.longest for request in requests),
         num_pages=options.pages,
         page_size=options.page_size,
-        temperature=options.temperature,
         implementation=options.implementation,
         mesh=mesh,
     )
