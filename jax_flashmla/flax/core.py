@@ -136,8 +136,9 @@ def params_from_hf(
         if full not in weights:
             raise ValueError(f"{op}: '{full}' is missing from the weights")
         dims = ("outputs", "inputs") if len(shape) == 2 else ("columns",)
-        _checks.check_shape(op, full, weights[full], shape, dims)
-        return jnp.asarray(weights[full]).astype(config.param_dtype)
+        value = weights[full]  # once, since a mapping may read it from a file
+        _checks.check_shape(op, full, value, shape, dims)
+        return jnp.asarray(value).astype(config.param_dtype)
 
     def matrix(name: str, shape: tuple[int, ...], outputs: int) -> Array:
         """A weight whose transpose has ``shape``, of which the last axes are the outputs."""
