@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -111,13 +112,23 @@ class _Shard:
     def read(self, name: str) -> np.ndarray:
         if self._file.get_slice(name).get_dtype() != "F8_E4M3":
             return self._file.get_tensor(name)
-        # safetensors (0.8) has no FP8 for numpy. Its files are a length (8 bytes), that many bytes
-        # of JSON with the place of each tensor, and the tensors.
+        begin, end = self._places[name]["data_offsets"]
         with open(self._path, "rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            begin, end = json.loads(file.read(start - 8))[name]["data_offsets"]
-            file.seek(start + begin)
+            file.seek(self._start + begin)
             return np.frombuffer(file.read(end - begin), FP8).reshape(self.shape(name))
+
+    # safetensors (0.8) has no FP8 for numpy, so FP8 tensors are read without it. A file begins with
+    # a length in 8 bytes and that many bytes of JSON, which say where after them each tensor is.
+
+    @functools.cached_property
+    def _start(self) -> int:
+        with open(self._path, "rb") as file:
+            return 8 + int.from_bytes(file.read(8), "little")
+
+    @functools.cached_property
+    def _places(self) -> dict:
+        with open(self._path, "rb") as file:
+            return json.loads(file.read(self._start)[8:])
 
 
 def _block_size(quantization: dict | None) -> tuple[int, int] | None:

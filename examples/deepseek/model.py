@@ -144,7 +144,8 @@ class Config:
         except (ValueError, NotImplementedError) as error:
             raise CheckpointError(f"config.json: {error}") from error
         mixture = _read_mixture(get) if config.get("n_routed_experts") else None
-        dense, every = get("first_k_dense_replace", 0), get("moe_layer_freq", 1)
+        dense = get("first_k_dense_replace") if mixture else 0
+        every = get("moe_layer_freq", 1)
         layers = range(get("num_hidden_layers"))
         eos = get("eos_token_id", None)
         return cls(
@@ -206,8 +207,8 @@ def _read_mixture(get: _Reader) -> MixtureConfig:
         scores=methods[method],
         num_groups=1 if method == "greedy" else get("n_group"),
         num_chosen_groups=1 if method == "greedy" else get("topk_group"),
-        normalise=bool(get("norm_topk_prob", not v2)),
-        scale=float(get("routed_scaling_factor", 1.0)),
+        normalise=bool(get("norm_topk_prob")),
+        scale=float(get("routed_scaling_factor")),
     )
     # DeepSeek's V2 code scales or normalises, its V3 code does both, transformers never normalises
     # in V2; and they differ in whether the weight of a single expert is normalised. No public
