@@ -152,7 +152,8 @@ class Engine:
           page_size: tokens of a page.
           max_prefill_tokens: new requests wait if prompts of one step would exceed it; a longer
             prompt has a step of its own.
-          implementation: of the attention: ``"cuda"``, ``"xla"`` or None.
+          implementation: of the attention in decoding: ``"cuda"``, ``"xla"`` or None for the best
+            there is. In prefill it is XLA's with ``"xla"``, and else the best there is.
           mesh: of ``parallel.make_mesh``.
         """
         shards = 1 if mesh is None else mesh.shape[DATA]
@@ -173,7 +174,10 @@ class Engine:
         self.options = {
             "config": config if mesh is None else config.divided(mesh.shape[MODEL]),
             "axis": None if mesh is None else MODEL,
-            "implementation": implementation,
+        }
+        self.implementations = {
+            decode_step: implementation,
+            prefill_step: None if implementation == "cuda" else implementation,
         }
         make_cache = functools.partial(
             empty_cache,
@@ -305,7 +309,8 @@ class Engine:
         arrays = (np.concatenate(tables), seeds, temperatures, *arrays)
         if name not in self.programs:
             started = time.perf_counter()
-            program = functools.partial(step, **self.options)
+            implementation = self.implementations[step]
+            program = functools.partial(step, **self.options, implementation=implementation)
             if self.mesh is not None:
                 program = shard(program, self.mesh, self.config, self.params, len(arrays))
             program = jax.jit(program, donate_argnums=1)
@@ -398,7 +403,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--page-size", type=int, default=64, help="tokens of a page of the cache (default 64)")
     add("--pages", type=int, help="pages of the cache (default: enough for the batch)")
     add("--max-batch", type=int, help="requests at a time (default: all, at most 32)")
-    add("--implementation", choices=("cuda", "xla"), help="of attention (default: the best)")
+    add("--implementation", choices=("cuda", "xla"), help="of decoding (default: the best)")
     add("--mesh", type=_integers, metavar="DATA,MODEL", help="devices for requests, for heads")
     options = parser.parse_args(arguments)
     if not options.prompt and not options.token_ids:
