@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 
 import jax_flashmla
-from jax_flashmla.flax import empty_cache
+from jax_flashmla.flax import empty_cache, param_shapes
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
@@ -711,6 +712,103 @@ def test_bad_folders(tmp_path):
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(model.CheckpointError, match="model-00002-of-00002.safetensors is missing"):
         checkpoint.load(folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# The real sizes, without arrays
+
+PUBLIC = {
+    "V2-Lite": V2
+    | {
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+    },
+    "V3": V3
+    | {
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "first_k_dense_replace": 3,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+    },
+}
+PUBLIC_LATENT = {
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+
+
+@pytest.mark.parametrize(("name", "billions"), [("V2-Lite", 15.7), ("V3", 671.0)])
+def test_public_models_have_their_number_of_parameters(name, billions):
+    shapes = checkpoint.expected_shapes(model.Config.from_hf(PUBLIC[name] | PUBLIC_LATENT))
+    assert sum(map(math.prod, shapes.values())) / 1e9 == pytest.approx(billions, abs=0.05)
+
+
+def test_v3_compiles_in_seconds_and_copies_no_experts():
+    # In float32: for bfloat16, older CPU compilers convert all matrices before the loop.
+    config = model.Config.from_hf(PUBLIC["V3"] | PUBLIC_LATENT)
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def mlp(*lead, columns):
+        shapes = {"gate": (columns, 7168), "up": (columns, 7168), "down": (7168, columns)}
+        return {name: array(*lead, *shape) for name, shape in shapes.items()}
+
+    def run(is_mixture, layers):
+        n = len(layers)
+        attention = {k: array(n, *s) for k, s in param_shapes(config.attention).items()}
+        weights = {"attention": attention, "mlp": mlp(n, columns=2048 if is_mixture else 18432)}
+        weights |= {"attention_norm": array(n, 7168), "mlp_norm": array(n, 7168)}
+        if is_mixture:
+            weights |= {"router": array(n, 256, 7168), "router_bias": array(n, 256)}
+            weights["experts"] = mlp(n, 256, columns=2048)
+        return weights
+
+    params = {
+        "embed": array(129280, 7168),
+        "runs": [run(*kind_and_layers) for kind_and_layers in config.runs],
+        "norm": array(7168),
+        "unembed": array(129280, 7168),
+    }
+    cache = jax.eval_shape(lambda: empty_cache(config.attention, 64, 64, num_layers=61))
+    b, int32 = 8, jnp.int32
+    step = functools.partial(generate.decode_step, config=config, axis=None, implementation=None)
+    compiled = (
+        jax.jit(step, donate_argnums=1)
+        .lower(
+            params,
+            cache,
+            array(b, 8, dtype=int32),
+            array(b, dtype=int32),
+            array(b),
+            array(b, dtype=int32),
+            array(b, dtype=int32),
+        )
+        .compile()
+    )
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes > 2.6e12
+    assert memory.temp_size_in_bytes < 8e9  # the experts of one layer are 45e9
+    assert memory.alias_size_in_bytes == math.prod(cache.data.shape) * 4  # nor the cache
 
 
 # ---------------------------------------------------------------------------------------------
