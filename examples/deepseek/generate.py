@@ -158,7 +158,9 @@ class Engine:
         """
         shards = 1 if mesh is None else mesh.shape[DATA]
         if max_batch < 1 or max_batch % shards:
-            raise ValueError(f"a batch of {max_batch} rows does not divide among {shards} devices")
+            raise ValueError(
+                f"a batch has {max_batch} rows; expected a positive multiple of {shards}"
+            )
         if max_length > config.max_length:
             raise ValueError(
                 f"the model has {config.max_length} positions; {max_length} are asked for"
@@ -412,7 +414,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--mesh takes two numbers")
     try:
         _generate(options)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         sys.exit(f"{parser.prog}: {error}")
 
 
@@ -431,7 +433,7 @@ def _generate(options) -> None:
     print(f"read {size / 2**30:.2f} GiB in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
     shards = 1 if mesh is None else mesh.shape[DATA]
-    batch = options.max_batch or min(len(requests), 32)
+    batch = min(len(requests), 32) if options.max_batch is None else options.max_batch
     engine = Engine(
         params,
         config,
