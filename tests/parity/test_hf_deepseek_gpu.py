@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import functools
 
+import hf_models
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from hf_models import checkpoint, model
 
 from jax_flashmla.flax import empty_cache
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("safetensors")
-
-import hf_models  # noqa: E402
-from hf_models import checkpoint, model  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.gpu]
 
