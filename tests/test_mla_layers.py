@@ -1,4 +1,4 @@
-"""The NNX and the Linen layer are the functions of MLA with parameters."""
+"""The modules of NNX and of Linen are the functions of MLA and of its indexer with parameters."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from jax_flashmla.flax import MLAConfig, core, empty_cache
+from jax_flashmla.flax import IndexerConfig, MLAConfig, core, empty_cache, indexer
+from jax_flashmla.flax.linen import LightningIndexer as LinenIndexer
 from jax_flashmla.flax.linen import MultiHeadLatentAttention as LinenAttention
+from jax_flashmla.flax.nnx import LightningIndexer as NnxIndexer
 from jax_flashmla.flax.nnx import MultiHeadLatentAttention as NnxAttention
 
 CONFIG = MLAConfig(
@@ -28,6 +30,7 @@ CONFIG = MLAConfig(
 )
 TABLE = np.array([[2, 0], [1, 3]], np.int32)
 CU_SEQLENS = np.array([0, 5, 9], np.int32)
+INDEXER = IndexerConfig.from_mla(CONFIG, index_n_heads=2, index_head_dim=16, index_topk=3)
 
 
 @pytest.fixture
@@ -151,3 +154,86 @@ def test_a_config_that_is_none(module, x):
             NnxAttention(None, rngs=nnx.Rngs(0))
         else:
             LinenAttention(None).init(jax.random.key(0), x, CU_SEQLENS)
+
+
+# ------------------------------------------------------------------ the indexer
+
+
+def choices(attention, own, x):
+    """What is chosen in both modes; ``attention`` and ``own`` call methods by name."""
+    latent = attention("query_latent", x)
+    choice = own("__call__", x, latent, CU_SEQLENS)
+    positions = np.array([[0, 1, 2, 3, 4], [-1, 0, 1, 2, 3]], np.int32)
+    rows = np.array([[0, 1, 2, 3, 4], [0, 5, 6, 7, 8]])
+    cache = indexer.empty_cache(INDEXER, 4, 8)
+    return choice, own("decode", x[rows], latent[rows], positions, cache, TABLE)
+
+
+@jax.jit
+def choices_of_functions(params, index_params, x):
+    def attention(name, x):
+        return indexer.query_latent(params, x, CONFIG)
+
+    def own(name, *arguments):
+        function = indexer.decode if name == "decode" else indexer.prefill
+        return function(index_params, *arguments, config=INDEXER)
+
+    return choices(attention, own, x)
+
+
+def test_nnx_indexer(x, layer):
+    own = nnx.jit(lambda: NnxIndexer(INDEXER, rngs=nnx.Rngs(1)))()
+    state = nnx.to_flat_state(nnx.state(own, nnx.Param))
+    assert {path[0]: value.shape for path, value in state} == indexer.param_shapes(INDEXER)
+
+    @nnx.jit
+    def call(layer, own, x):
+        return choices(
+            lambda name, *a: getattr(layer, name)(*a), lambda name, *a: getattr(own, name)(*a), x
+        )
+
+    found = call(layer, own, x)
+    check_same(found, choices_of_functions(layer.params, own.params, x))
+    choice, (indices, _) = found
+    assert np.max(choice.indices) > 2 and np.min(choice.indices[1]) == -1
+    np.testing.assert_array_equal(np.concatenate([indices[0], indices[1, 1:]]), choice.indices)
+
+
+def test_linen_indexer(x, layer):
+    own = LinenIndexer(INDEXER)
+    linen, variables = LinenAttention(CONFIG), {"params": layer.params}
+    latent = jnp.ones((9, CONFIG.q_lora_rank))
+    index_variables = jax.jit(own.init)(jax.random.key(0), x, latent, CU_SEQLENS)
+    assert jax.tree.map(jnp.shape, index_variables["params"]) == indexer.param_shapes(INDEXER)
+
+    @jax.jit
+    def call(variables, index_variables, x):
+        return choices(
+            lambda name, *a: linen.apply(variables, *a, method=name),
+            lambda name, *a: own.apply(index_variables, *a, method=name),
+            x,
+        )
+
+    expected = choices_of_functions(layer.params, index_variables["params"], x)
+    check_same(call(variables, index_variables, x), expected)
+
+
+def test_parameters_of_an_indexer_have_their_dtype():
+    config = dataclasses.replace(INDEXER, dtype="bfloat16", param_dtype="bfloat16")
+    own = nnx.eval_shape(lambda: NnxIndexer(config, rngs=nnx.Rngs(0)))
+    by_nnx = {path[0]: v.dtype for path, v in nnx.to_flat_state(nnx.state(own, nnx.Param))}
+    x, latent = jnp.zeros((9, 64)), jnp.zeros((9, 24))
+    linen = jax.eval_shape(LinenIndexer(config).init, jax.random.key(0), x, latent, CU_SEQLENS)
+    assert by_nnx == {name: value.dtype for name, value in linen["params"].items()}
+    large = {name for name, dtype in by_nnx.items() if dtype == jnp.bfloat16}
+    assert large == {"wq_b", "wk"} and by_nnx["k_norm"] == by_nnx["weights_proj"] == jnp.float32
+
+
+@pytest.mark.parametrize("config", [None, CONFIG])
+@pytest.mark.parametrize("module", [LinenIndexer, NnxIndexer])
+def test_an_indexer_whose_config_is_none(module, config, x):
+    with pytest.raises(ValueError, match="LightningIndexer: argument 'config' is a "):
+        if module is NnxIndexer:
+            NnxIndexer(config, rngs=nnx.Rngs(0))
+        else:
+            LinenIndexer(config).init(jax.random.key(0), x, x[:, :24], CU_SEQLENS)
