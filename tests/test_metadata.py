@@ -1,5 +1,7 @@
 """Schedules: checked against a planner in plain Python, and by walking them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,14 @@ def plan(blocks, parts, batch_invariant):
     most = max(sum(costs[i:j]) for i, j in zip(whole, whole[1:], strict=False))
     if most <= payload + 8 and not batch_invariant:
         boundaries = [(request, 0) for request in whole]
+    elif not batch_invariant and b <= parts <= 1024:
+        least = max(math.isqrt(sum(blocks) // (12 * b)), 2)
+        for size in range(max(least, ceil(sum(blocks), parts)), max(least, payload) + 1):
+            starts = [(r, u) for r, n in enumerate(blocks) for u in range(0, n, size)]
+            if len(starts) <= parts:
+                starts += [(b, 0)] * (parts + 1 - len(starts))
+                boundaries = [(0, 0), *starts[1:]]
+                break
     if batch_invariant:
         pieces = [max(ceil(n, piece_blocks(n)), 1) for n in blocks]
     else:
@@ -115,6 +125,32 @@ def test_dense_schedule_is_the_planned_one(data, b, parts, batch_invariant):
     stamp = 0x4D4C4100 | batch_invariant
     assert rows[:, 4:].tolist() == [[b, 2, stamp, parts]] * parts
     assert splits.tolist() == [0, *np.cumsum(pieces, dtype=int).tolist()]
+
+
+@pytest.mark.parametrize(
+    "lengths, parts, size",
+    [
+        ([64 * 64] * 32, 132, 16),  # 4 pieces each; 4 parts have nothing to do
+        ([0, 0, 64 * 64, 0, 64 * 64, 0], 13, 11),
+        ([1, 64 * 90, 64 * 30], 13, 10),
+        ([64 * 256], 132, 4),  # more pieces would cost more to merge than they save
+        ([64 * 64 * 1024] * 2, 1024, 128),
+        ([64 * 64 * 1024] * 2, 1025, None),
+    ],
+)
+def test_few_requests_are_cut_into_even_pieces(lengths, parts, size):
+    rows, _ = schedule(lengths, parts)
+    done = walk(rows, lengths, False)
+    assert sorted((request, block) for request, block, _ in done) == every_block(lengths)
+    pieces = {}
+    for request, _, part in done:
+        pieces[request, part] = pieces.get((request, part), 0) + 1
+    alone = len({part for _, part in pieces}) == len(pieces)
+    assert alone == (size is not None)
+    if alone:
+        assert max(pieces.values()) == size
+        last = {request: part for request, part in sorted(pieces)}
+        assert all(n == size or last[request] == part for (request, part), n in pieces.items())
 
 
 @given(

@@ -46,6 +46,21 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
+// Whether the phase of the given parity has completed.
+__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(smem_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -77,16 +92,15 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
-// One box of a rank-5 tensor map to shared memory; completes `barrier` by the bytes of the box.
-__device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap* map,
+// One box of a rank-4 tensor map to shared memory; completes `barrier` by the bytes of the box.
+__device__ __forceinline__ void tma_load_4d(void* destination, const CUtensorMap* map,
                                             uint64_t* barrier, uint64_t policy, int c0, int c1,
-                                            int c2, int c3, int c4) {
+                                            int c2, int c3) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(
-          smem_address(destination)),
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(smem_address(destination)),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2),
-      "r"(c3), "r"(c4), "l"(policy)
+      "r"(c3), "l"(policy)
       : "memory");
 }
 

@@ -25,6 +25,17 @@ constexpr int kMinShareBlocks = 2;
 // Parts of whole requests only are preferred while the largest costs at most this many blocks more
 // than an even share: writing and merging partial results costs about as much.
 constexpr int kWholeRequestSlack = 8;
+// Else parts of one piece each are preferred, all of the same size: where requests are few enough,
+// and the pieces are no larger than an even share, which counts the overheads. A piece's size is
+// chosen among this many, which are all that can be between an even share of the blocks alone and
+// that.
+constexpr int kEvenSizes = 1 + kOverheadBlocks;
+// Such a piece is so large that the request of average size which is cut into such pieces has at
+// most this many of them for each of their blocks: merging a piece takes about so much less than a
+// block.
+constexpr int kPiecesPerBlock = 12;
+// Even pieces are planned for at most so many parts.
+constexpr int kMaxEvenParts = 1024;
 // Batch-invariant splits: at most this many for one request, and at least this many blocks each.
 constexpr int kMaxInvariantSplits = 16;
 constexpr int kMinInvariantBlocks = 4;

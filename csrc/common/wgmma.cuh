@@ -2,7 +2,8 @@
 //
 // Shared-memory operands are made of 64 x 64 sub-tiles of 16-bit elements: 64 rows of 128 bytes,
 // the 16-byte chunk c of row r stored at chunk c ^ (r % 8), which is what the copy engine writes
-// with its 128-byte swizzle. A sub-tile is 8,192 bytes and starts at a multiple of 1,024.
+// with its 128-byte swizzle. Groups of 8 rows are 1,024 bytes side by side, and start at multiples
+// of that; the groups of a sub-tile may be apart.
 //
 // Accumulator layout of m64nN (PTX ISA, "wgmma ... D fragment"): thread t of the warpgroup holds
 // rows 16 * (t / 32) + (t % 32) / 4 + {0, 8} and, of every 8 columns, 2 * (t % 4) + {0, 1}:
@@ -16,24 +17,24 @@
 
 namespace flashmla::wgmma {
 
-constexpr int kSubTileBytes = 64 * 64 * 2;
-
 // Address field of a descriptor for a distance of so many bytes.
 __device__ constexpr uint64_t distance(int bytes) { return static_cast<uint64_t>(bytes >> 4); }
 
 constexpr uint64_t kSwizzle128B = uint64_t{1} << 62;
 
-// Rows contiguous along the reduction axis ("K-major"): groups of 8 rows are 1,024 bytes apart.
-// The leading offset is not used with a swizzle. One step of 16 elements is distance(32).
-__device__ __forceinline__ uint64_t k_major(uint32_t address) {
-  return kSwizzle128B | distance(1024) << 32 | uint64_t{1} << 16 | ((address & 0x3FFFF) >> 4);
+// Rows contiguous along the reduction axis ("K-major"): groups of 8 rows are `group_stride` bytes
+// apart, 1,024 in a sub-tile. The leading offset is not used with a swizzle. One step of 16
+// elements is distance(32).
+__device__ __forceinline__ uint64_t k_major(uint32_t address, int group_stride) {
+  return kSwizzle128B | distance(group_stride) << 32 | uint64_t{1} << 16 |
+         ((address & 0x3FFFF) >> 4);
 }
 
-// Rows contiguous along the output axis ("MN-major", the transposed operand): groups of 8
-// reduction rows are 1,024 bytes apart, groups of 64 output columns one sub-tile apart. One step
-// of 16 reduction rows is distance(2048).
-__device__ __forceinline__ uint64_t mn_major(uint32_t address) {
-  return kSwizzle128B | distance(1024) << 32 | distance(kSubTileBytes) << 16 |
+// Rows contiguous along the output axis ("MN-major", the transposed operand): groups of 64 output
+// columns are `column_stride` bytes apart, groups of 8 reduction rows `group_stride`.
+__device__ __forceinline__ uint64_t mn_major(uint32_t address, int column_stride,
+                                             int group_stride) {
+  return kSwizzle128B | distance(group_stride) << 32 | distance(column_stride) << 16 |
          ((address & 0x3FFFF) >> 4);
 }
 

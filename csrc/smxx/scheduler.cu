@@ -22,6 +22,7 @@ namespace {
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / 32;
 static_assert(kMaxWarps == 32, "the second level of a scan is one warp");
+static_assert(schedule::kMaxEvenParts == kMaxThreads, "even pieces are planned by the small form");
 constexpr unsigned kAllLanes = 0xffffffff;
 
 // ---------------------------------------------------------------------------------------------
@@ -68,6 +69,14 @@ FLASHMLA_HOST_DEVICE Start start_in_request(bool batch_invariant, int request, i
 FLASHMLA_HOST_DEVICE int payload_of(int total, int num_parts) {
   const int even = static_cast<int>(divide_up(total, num_parts));
   return even > schedule::kMinShareBlocks ? even : schedule::kMinShareBlocks;
+}
+
+// The largest integer whose square is at most `n`, which is below 2^30.
+__device__ __forceinline__ int square_root(int n) {
+  int root = static_cast<int>(sqrtf(static_cast<float>(n)));
+  root -= root * root > n;
+  root += (root + 1) * (root + 1) <= n;
+  return root;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -206,6 +215,8 @@ __global__ void __launch_bounds__(kMaxThreads)
     small_schedule_kernel(const ScheduleParams p, int most_blocks) {
   __shared__ int weight_sums[kMaxWarps];
   __shared__ int cut_sums[kMaxWarps];
+  __shared__ int piece_sums[kMaxWarps];
+  __shared__ int even_pieces[schedule::kEvenSizes][kMaxWarps];
   __shared__ unsigned cut_parts[kMaxWarps];  // a bit for each part that begins within a request
   __shared__ int starts[kMaxThreads + 1];    // weights of the requests before; then the total
   const int thread = threadIdx.x;
@@ -229,6 +240,24 @@ __global__ void __launch_bounds__(kMaxThreads)
     const int own = is_request ? invariant_cuts(weight - schedule::kOverheadBlocks) : 0;
     cuts = cta_scan(own, cut_sums).before + own;
   }
+  // The sizes that even pieces may have, and how many pieces they make.
+  const bool may_be_even = !p.batch_invariant && p.batch <= p.num_parts;
+  const int blocks = is_request ? weight - schedule::kOverheadBlocks : 0;
+  int least_even = 0;
+  int first_even = 0;
+  if (may_be_even) {
+    const int all_blocks = total - p.batch * schedule::kOverheadBlocks;
+    least_even = max(square_root(all_blocks / (schedule::kPiecesPerBlock * p.batch)),
+                     schedule::kMinShareBlocks);
+    first_even = max(static_cast<int>(divide_up(all_blocks, p.num_parts)), least_even);
+#pragma unroll
+    for (int i = 0; i < schedule::kEvenSizes; ++i) {
+      // More than all parts are as good as any number, and their sum cannot overflow.
+      const int pieces = min(static_cast<int>(divide_up(blocks, first_even + i)), p.num_parts + 1);
+      const int sum = __reduce_add_sync(kAllLanes, pieces);
+      if (lane == 0) even_pieces[i][warp] = sum;
+    }
+  }
   __syncthreads();
 
   // This part and the next one, which begins where this one ends; spare threads repeat the last.
@@ -248,8 +277,8 @@ __global__ void __launch_bounds__(kMaxThreads)
       costs[i] = total;
     } else {
       costs[i] = starts[requests[i]];
-      const int blocks = starts[requests[i] + 1] - costs[i] - schedule::kOverheadBlocks;
-      begins[i] = start_in_request(p.batch_invariant, requests[i], positions[i] - costs[i], blocks);
+      const int units = starts[requests[i] + 1] - costs[i] - schedule::kOverheadBlocks;
+      begins[i] = start_in_request(p.batch_invariant, requests[i], positions[i] - costs[i], units);
     }
   }
 
@@ -259,9 +288,39 @@ __global__ void __launch_bounds__(kMaxThreads)
   const unsigned cut_mask = __ballot_sync(kAllLanes, begins[0].unit > 0);
   if (lane == 0) cut_parts[warp] = cut_mask;
   const bool cut_requests = __syncthreads_or(too_much);
+  // Else into even pieces, one for each part, if some size is small enough and makes few enough.
+  int even = 0;
+  if (may_be_even && cut_requests) {
+#pragma unroll
+    for (int i = schedule::kEvenSizes - 1; i >= 0; --i) {
+      const int pieces = lane < blockDim.x / 32 ? even_pieces[i][lane] : 0;
+      const bool fits = __reduce_add_sync(kAllLanes, pieces) <= p.num_parts;
+      if (fits && first_even + i <= max(payload, least_even)) even = first_even + i;
+    }
+  }
   if (!cut_requests) {
     begins[0] = {requests[0], 0};
     begins[1] = {requests[1], 0};
+  } else if (even > 0) {
+    // Pieces in the low half, and the cuts between those of a request in the high half: neither sum
+    // passes kMaxThreads.
+    const int pieces = static_cast<int>(divide_up(blocks, even));
+    const int value = pieces + (max(pieces - 1, 0) << 16);
+    const Scan scan = cta_scan(value, piece_sums);
+    const int num_pieces = scan.total & 0xffff;
+    cuts = (scan.before + value) >> 16;
+    starts[thread] = scan.before & 0xffff;
+    __syncthreads();
+    const int pieces_before[2] = {part, part + 1};
+    find_last(starts, p.batch, pieces_before, requests);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int piece = pieces_before[i];
+      begins[i] = piece < num_pieces ? Start{requests[i], (piece - starts[requests[i]]) * even}
+                                     : Start{p.batch, 0};
+    }
+    // Empty requests go to the part before, and the first ones have none.
+    if (part == 0) begins[0] = {0, 0};
   } else if (!p.batch_invariant) {
     // Those that cut this request or an earlier one are the cutting ones among the parts up to
     // last_part.

@@ -3,7 +3,8 @@
 Decoding streams the cache in blocks of 64 tokens. A schedule cuts the blocks of all requests, laid
 end to end, into ``num_sm_parts`` runs of about equal cost, one for each thread block of the grid
 (per row tile). A request costs its blocks and a fixed overhead. A request may be cut into several
-pieces, whose partial results are merged afterwards.
+pieces, whose partial results are merged afterwards. Where requests are few, all are cut into pieces
+of one size, one for each part.
 
 ``tile_scheduler_metadata`` int32[num_sm_parts, 8], row p:
 
@@ -29,6 +30,8 @@ BLOCK = 64  # tokens
 OVERHEAD = 5  # cost of starting a request, in blocks: prologue, epilogue, merging
 MIN_SHARE = 2  # blocks; smaller parts cost more to merge than they save
 WHOLE_SLACK = 8  # blocks that an uneven share may cost before requests are cut to even it
+PIECES_PER_BLOCK = 12  # so many even pieces for each of their blocks take as long to merge
+MAX_EVEN_PARTS = 1024  # even pieces are planned for at most so many parts
 MAX_INVARIANT_SPLITS = 16  # bounds the workspace of batch-invariant calls
 MIN_INVARIANT_BLOCKS = 4  # blocks; a batch-invariant piece is never smaller unless it is the last
 
@@ -73,6 +76,31 @@ def request_blocks(
     return blocks
 
 
+def square_root(n: jax.Array) -> jax.Array:
+    """The largest integer whose square is at most n, which is below 2^30."""
+    root = jnp.sqrt(n.astype(jnp.float32)).astype(jnp.int32)
+    root = root - (root * root > n)
+    return root + ((root + 1) * (root + 1) <= n)
+
+
+def even_piece_blocks(blocks: jax.Array, num_sm_parts: int, payload: jax.Array) -> jax.Array:
+    """Blocks of the pieces if all requests are cut into equal ones, one a part; 0 if they are not.
+
+    The least number that makes no more pieces than there are parts, unless that is more than an
+    even share ``payload`` of blocks and overheads, or so few blocks that merging costs more.
+    """
+    (b,) = blocks.shape
+    total = jnp.sum(blocks)
+    least = jnp.maximum(square_root(total // (PIECES_PER_BLOCK * b)), MIN_SHARE)
+    first = jnp.maximum(total // num_sm_parts + (total % num_sm_parts > 0), least)
+    # An even share is at most OVERHEAD blocks more than the least of these.
+    size = first + jnp.arange(1 + OVERHEAD, dtype=jnp.int32)
+    pieces = blocks[:, None] // size + (blocks[:, None] % size > 0)
+    fits = jnp.sum(jnp.minimum(pieces, num_sm_parts + 1), axis=0) <= num_sm_parts
+    fits &= size <= jnp.maximum(payload, least)
+    return jnp.where(jnp.any(fits), size[jnp.argmax(fits)], 0)
+
+
 def boundaries(
     blocks: jax.Array, num_sm_parts: int, *, batch_invariant: bool
 ) -> tuple[jax.Array, jax.Array]:
@@ -106,6 +134,20 @@ def boundaries(
     unit = jnp.where(next_request, 0, jnp.maximum(unit, 0))
     request = jnp.where(past | keep_whole, whole, request)
     unit = jnp.where(past | keep_whole, 0, unit)
+    if not batch_invariant and b <= num_sm_parts <= MAX_EVEN_PARTS:
+        size = even_piece_blocks(blocks, num_sm_parts, payload)
+        even = (size > 0) & ~keep_whole
+        size = jnp.maximum(size, 1)
+        pieces = blocks // size + (blocks % size > 0)
+        last = jnp.cumsum(pieces, dtype=jnp.int32)
+        part = jnp.arange(num_sm_parts, dtype=jnp.int32)
+        # Empty requests go to the part before, and the first ones have none.
+        owner = jnp.searchsorted(last - pieces, part, side="right").astype(jnp.int32) - 1
+        owner = jnp.where(part < last[-1], owner, b).at[0].set(0)
+        first_unit = (part - jnp.append(last - pieces, 0)[owner]) * size
+        first_unit = jnp.where((part > 0) & (part < last[-1]), first_unit, 0)
+        request = jnp.where(even, owner, request)
+        unit = jnp.where(even, first_unit, unit)
     end = jnp.array([b], jnp.int32)
     return jnp.concatenate([request, end]), jnp.concatenate([unit, end * 0])
 

@@ -3,9 +3,10 @@
 //
 // docs/kernels/dense_decode.md draws the schedule. In short: warpgroup 0 owns the left half of the
 // output columns and computes the scores of even blocks (always in buffer 0), warpgroup 1 owns the
-// right half and the scores of odd blocks (buffer 1). Each multiplies both P tiles with its half of
-// the values, in block order, so the running maximum only ever moves forward. A P tile is stored
-// over the 64 RoPE columns of its own key block, which nothing reads once the scores are done.
+// right half and the scores of odd blocks (buffer 1), half a block later. Each multiplies both P
+// tiles with its half of the values, in block order, so the running maximum only ever moves
+// forward. A P tile is stored over the 64 RoPE columns of its own key block, which nothing reads
+// once the scores are done.
 #pragma once
 
 #include <cuda.h>
@@ -34,7 +35,7 @@ struct Place {
 template <typename S>
 struct SharedStorage {
   alignas(1024) uint8_t q[S::kSubTiles][kSubTileBytes];
-  alignas(1024) uint8_t kv[kBuffers][S::kBufferTiles][kSubTileBytes];
+  alignas(1024) uint8_t kv[kBuffers][S::kBufferBytes];
 
   // Running maximum (base-2 scaled scores) after block 2i (0) and 2i + 1 (1) of a piece.
   float row_max[2][kRows];
@@ -49,6 +50,7 @@ struct SharedStorage {
   uint64_t kv_full[kBuffers][S::kCopies];
   uint64_t kv_empty[kBuffers][2];  // [.][h]: the value half of warpgroup h
   uint64_t p_full[kBuffers];       // P of the block in the buffer, and its row_max
+  uint64_t scores_half_done;       // of the even block: the odd block's may begin
   uint64_t sums_full;              // row_sum of the piece
 };
 
@@ -68,17 +70,24 @@ struct KernelParams {
   bool must_gather_queries;  // rows of a row tile do not lie side by side
 };
 
-// Boxes of half of the values and of one sub-tile of the keys; and of a row tile of queries, only
-// where a request's rows lie side by side (one KV head).
+// Boxes of half of the values and of the RoPE sub-tile of the keys; and of a row tile of queries,
+// only where a request's rows lie side by side (one KV head).
 struct TensorMaps {
   CUtensorMap keys_half;
-  CUtensorMap keys_sub_tile;
+  CUtensorMap keys_rope;
   CUtensorMap queries;
 };
 
 // Which half of the values, hence which warpgroup, releases the RoPE sub-tile of a buffer: the one
 // that reads P from there, which is not the one that wrote it.
 __device__ __forceinline__ constexpr int reader_of_p(int buffer) { return 1 - buffer; }
+
+// Which half of the values of a buffer is loaded first and first used by the scores: the one that
+// is released first, by the warpgroup that has P in registers. With a single row tile it is the
+// left one of both buffers: memory is what counts then, and serves halves better in one order.
+__device__ __forceinline__ int first_half(const KernelParams& kp, int buffer) {
+  return kp.row_tiles > 1 ? buffer : 0;
+}
 
 struct RowIndex {
   int token;  // query token
@@ -112,17 +121,22 @@ __device__ __forceinline__ schedule::PieceWalk piece_walk(const KernelParams& kp
 // ---------------------------------------------------------------------------------------------
 
 // Keys: each buffer has a warp of its own, so that waiting for one does not hold up the other. The
-// lanes look up pages; one lane feeds the copy engine, or, for small pages, one for each box.
+// lanes look up pages; a lane feeds the copy engine for each page of the block.
 template <typename S>
 __device__ __forceinline__ void load_keys(const KernelParams& kp, const TensorMaps& maps,
                                           SharedStorage<S>& smem, int buffer, int lane) {
   const int box = box_tokens(kp.p.page_size);
   const int boxes = kTokens / box;
   const int blocks_of_page = kp.p.page_size / box;  // 1 for small pages
-  const int lane_box = lane % boxes;
-  const int lane_tile = lane / boxes;
+  const int groups_of_page = kp.p.page_size / kGroupTokens;
+  const int first_tile = smem.place.kv_head * S::kSubTiles;
+  const int first = first_half(kp, buffer);
   const uint64_t policy = ptx::evict_first_policy();
-  uint32_t empty_parity = 1;  // a fresh barrier lets the first wait pass
+  uint8_t* keys = smem.kv[buffer];
+  uint64_t* full = smem.kv_full[buffer];
+  uint64_t* empty = smem.kv_empty[buffer];
+  uint32_t parity = 1;  // a fresh barrier lets the first wait pass
+  bool marked_bad = false;
 
   schedule::PieceWalk walk = piece_walk(kp, smem.place.part);
   schedule::Piece piece;
@@ -134,49 +148,50 @@ __device__ __forceinline__ void load_keys(const KernelParams& kp, const TensorMa
       const int valid = min(piece.length - block * kTokens, kTokens);
       const int used_boxes = (valid + box - 1) / box;
       const int table_entry = block / blocks_of_page;
-      const int token_in_page = (block - table_entry * blocks_of_page) * box;
-      int page = 0;
+      int group = (block - table_entry * blocks_of_page) * kTokenGroups;  // in the page
       bool bad = piece.poison;
-      if (lane_box < used_boxes && !piece.poison) {
-        page = table[table_entry * boxes + lane_box];
+      if (lane < used_boxes && !piece.poison) {
+        const int page = table[table_entry * boxes + lane];
         bad = page < 0 || page >= kp.p.num_pages;
+        group += page * groups_of_page;
       }
       const bool block_is_bad = __any_sync(0xffffffff, bad);
-      // Bytes of one sub-tile; none to wait for if the block is bad.
-      const uint32_t bytes = block_is_bad ? 0 : used_boxes * box * kSubTileColumns * 2;
-
-#pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        ptx::mbarrier_wait(&smem.kv_empty[buffer][half], empty_parity);
-        const bool with_rope = S::kHasRope && half == reader_of_p(buffer);
-        uint64_t* full = smem.kv_full[buffer];
-        const int tile = half * S::kHalfTiles;
-        if (lane == 0) {
-          smem.block_is_bad[buffer] = block_is_bad;
-          ptx::mbarrier_arrive_expect_tx(&full[half], S::kHalfTiles * bytes);
-          if (with_rope) ptx::mbarrier_arrive_expect_tx(&full[S::kRopeCopy], bytes);
-        }
-        if (block_is_bad) continue;
-        if (boxes == 1) {
-          if (lane != 0) continue;
-          ptx::tma_load_5d(smem.kv[buffer][tile], &maps.keys_half, &full[half], policy, 0,
-                           token_in_page, tile, smem.place.kv_head, page);
-          if (with_rope) {
-            ptx::tma_load_5d(smem.kv[buffer][S::kTileOfP], &maps.keys_sub_tile, &full[S::kRopeCopy],
-                             policy, 0, token_in_page, S::kTileOfP, smem.place.kv_head, page);
-          }
-          continue;
-        }
-        // Small pages: a box of each page for each sub-tile.
-        if (lane_box >= used_boxes) continue;
-        const auto load = [&](int t, uint64_t* barrier) {
-          ptx::tma_load_5d(smem.kv[buffer][t] + lane_box * box * 128, &maps.keys_sub_tile, barrier,
-                           policy, 0, 0, t, smem.place.kv_head, page);
-        };
-        if (lane_tile < S::kHalfTiles) load(tile + lane_tile, &full[half]);
-        if (with_rope && lane_tile == 0) load(S::kTileOfP, &full[S::kRopeCopy]);
+      if (block_is_bad != marked_bad) {
+        // The warpgroup that reads the mark has released its half of the block before.
+        ptx::mbarrier_wait(&empty[buffer], parity);
+        if (lane == 0) smem.block_is_bad[buffer] = block_is_bad;
+        marked_bad = block_is_bad;
       }
-      empty_parity ^= 1;
+      if (block_is_bad) {
+        // Nothing is copied. The mark is written before lane 0, too, arrives.
+        for (int half = 0; half < 2; ++half) ptx::mbarrier_wait(&empty[half], parity);
+        __syncwarp();
+        if (lane < S::kCopies) ptx::mbarrier_arrive(&full[lane]);
+        parity ^= 1;
+        continue;
+      }
+      // What can be done before the buffer is empty: the barriers are free once the block before
+      // has landed, and nothing of this one lands before the copies below.
+      if (lane < S::kCopies) {
+        const int tiles = lane == S::kRopeCopy ? 1 : S::kHalfTiles;
+        ptx::mbarrier_wait(&full[lane], parity);
+        ptx::mbarrier_arrive_expect_tx(&full[lane], used_boxes * box * tiles * kSubTileColumns * 2);
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        const int half = first ^ i;
+        ptx::mbarrier_wait(&empty[half], parity);
+        if (lane >= used_boxes) continue;
+        ptx::tma_load_4d(keys + half * S::kHalfBytes + lane * box * S::kHalfTiles * kRowBytes,
+                         &maps.keys_half, &full[half], policy, 0, 0,
+                         first_tile + half * S::kHalfTiles, group);
+        if (S::kHasRope && half == reader_of_p(buffer)) {
+          ptx::tma_load_4d(keys + S::kOffsetOfP + lane * box * kRowBytes, &maps.keys_rope,
+                           &full[S::kRopeCopy], policy, 0, 0, first_tile + S::kValueTiles, group);
+        }
+      }
+      parity ^= 1;
     }
   }
 }
@@ -195,8 +210,8 @@ __device__ __forceinline__ void copy_queries(const KernelParams& kp, const Tenso
     empty_parity ^= 1;
     if (lane == 0) {
       ptx::mbarrier_arrive_expect_tx(&smem.q_full, sizeof(smem.q));
-      ptx::tma_load_5d(smem.q, &maps.queries, &smem.q_full, policy, 0, smem.place.row_tile * kRows,
-                       0, 0, piece.request);
+      ptx::tma_load_4d(smem.q, &maps.queries, &smem.q_full, policy, 0, smem.place.row_tile * kRows,
+                       0, piece.request);
     }
   }
 }
@@ -267,105 +282,177 @@ class MathGroup {
         continue;
       }
       begin_piece(piece);
-      for (int block = piece.first_block; block < piece.end_block; block += 2) {
-        const bool has_odd = block + 1 < piece.end_block;
-        const bool last = block + 2 >= piece.end_block;
-        if constexpr (kGroup == 0) {
-          even_owner_step(piece, block, has_odd, last);
-        } else {
-          odd_owner_step(piece, block, has_odd, last);
-        }
-        parity_[0] ^= 1;
-        if (has_odd) parity_[1] ^= 1;
+      if constexpr (kGroup == 0) {
+        even_owner_piece(piece);
+      } else {
+        odd_owner_piece(piece);
       }
       finish_piece(piece);
     }
   }
 
  private:
-  // --- one pair of blocks ---------------------------------------------------------------------
+  // --- blocks -----------------------------------------------------------------------------------
 
-  // Warpgroup 0: scores of the even block, then P_even V and P_odd V.
-  __device__ __forceinline__ void even_owner_step(const schedule::Piece& piece, int block,
-                                                  bool has_odd, bool last) {
-    float s[32];
-    scores<0>(s, last);
-    uint32_t p[4][4];
-    softmax<0>(piece, block, s, p);
-    store_p<0>(p);
-    zero_values_past_end<0>(piece, block);
-    values_from_registers<0>(p);
-    wgmma::wait<0>();
-    release_values<0>();
-
-    if (has_odd) {
-      ptx::mbarrier_wait(&smem_.p_full[1], parity_[1]);
-      follow_max<1>();
-      wait_values<1>();
-      zero_values_past_end<1>(piece, block + 1);
-      values_from_shared<1>();
-      wgmma::wait<0>();
-      release_values<1>();
+  // Warpgroup 0: scores of the even blocks, then P_even V and P_odd V.
+  __device__ __forceinline__ void even_owner_piece(const schedule::Piece& piece) {
+#pragma unroll 1
+    for (int block = piece.first_block; block < piece.end_block; block += 2) {
+      bool odd_in_flight = false;
+      if (block != piece.first_block) {
+        issue_odd_values(piece, block - 1);
+        // The next scores go behind that product if their keys are there. If not, its keys are
+        // released first: these are what the copies then have room for.
+        odd_in_flight = keys_are_there<0>();
+        if (!odd_in_flight) {
+          wgmma::wait<0>();
+          release_values<1>();
+        }
+      }
+      float s[32];
+      uint32_t p[4][4];
+      float factor[2];
+      issue_scores<0>(s);
+      if (odd_in_flight) {
+        wgmma::wait<2>();
+        release_values<1>();
+      }
+      finish_scores<0>(s, /*last=*/block + 2 >= piece.end_block);
+      wgmma::hold(out_);
+      mask(piece, block, s);
+      move_max<0>(s, factor);
+      exponentials(s, p);
+      store_p<0>(p);
+      rescale_output(factor);
+      zero_values_past_end<0>(piece, block);
+      values_from_registers<0>(p);
+      finish_values<0>();
+      parity_[0] ^= 1;
+    }
+    if ((piece.end_block - piece.first_block) % 2 == 0) {
+      issue_odd_values(piece, piece.end_block - 1);
+      finish_values<1>();
     }
   }
 
-  // Warpgroup 1: scores of the odd block, then P_even V (under which the odd softmax hides) and
+  __device__ __forceinline__ void issue_odd_values(const schedule::Piece& piece, int block) {
+    float factor[2];
+    ptx::mbarrier_wait(&smem_.p_full[1], parity_[1]);
+    follow_max<1>(factor);
+    rescale_output(factor);
+    wait_values<1>();
+    zero_values_past_end<1>(piece, block);
+    values_from_shared<1>();
+    parity_[1] ^= 1;
+  }
+
+  // Warpgroup 1: scores of the odd blocks, then P_even V, under which the odd softmax hides, and
   // P_odd V.
-  __device__ __forceinline__ void odd_owner_step(const schedule::Piece& piece, int block,
-                                                 bool has_odd, bool last) {
-    float s[32];
-    uint32_t p[4][4];
-    float block_max[2];
-    if (has_odd) {
-      scores<1>(s, last);
-      block_maximum<1>(piece, block + 1, s, block_max);
-    } else if (last) {
-      release_queries();
-    }
-    ptx::mbarrier_wait(&smem_.p_full[0], parity_[0]);
-    follow_max<0>();
-    wait_values<0>();
-    zero_values_past_end<0>(piece, block);
-    values_from_shared<0>();
-    if (has_odd) {
+  __device__ __forceinline__ void odd_owner_piece(const schedule::Piece& piece) {
+#pragma unroll 1
+    for (int block = piece.first_block; block < piece.end_block; block += 2) {
+      const bool has_odd = block + 1 < piece.end_block;
+      const bool last = block + 2 >= piece.end_block;
+      float s[32];
+      uint32_t p[4][4];
       float factor[2];
-      exponentials<1>(s, block_max, p, factor);
-      store_p<1>(p);
-      wgmma::wait<0>();
-      release_values<0>();
+      if (has_odd) {
+        issue_scores<1>(s);
+        finish_scores<1>(s, last);
+        mask(piece, block + 1, s);
+      } else {
+        release_queries();
+      }
+      ptx::mbarrier_wait(&smem_.p_full[0], parity_[0]);
+      follow_max<0>(factor);
       rescale_output(factor);
-      zero_values_past_end<1>(piece, block + 1);
-      values_from_registers<1>(p);
-      wgmma::wait<0>();
-      release_values<1>();
-    } else {
-      wgmma::wait<0>();
-      release_values<0>();
+      wait_values<0>();
+      zero_values_past_end<0>(piece, block);
+      values_from_shared<0>();
+      if (has_odd) {
+        move_max<1>(s, factor);
+        exponentials(s, p);
+        store_p<1>(p);
+      }
+      finish_values<0>();
+      parity_[0] ^= 1;
+      if (has_odd) {
+        rescale_output(factor);
+        zero_values_past_end<1>(piece, block + 1);
+        values_from_registers<1>(p);
+        finish_values<1>();
+        parity_[1] ^= 1;
+      }
     }
   }
 
   // --- scores ---------------------------------------------------------------------------------
 
-  // S = Q K^T of the block in kBuffer, slice by slice as its sub-tiles arrive.
+  // Whether all copies of the block in kBuffer have landed, for all threads of a warp alike.
   template <int kBuffer>
-  __device__ __forceinline__ void scores(float (&s)[32], bool last) {
-    const uint64_t a = wgmma::k_major(ptx::smem_address(smem_.q));
-    const uint64_t b = wgmma::k_major(ptx::smem_address(smem_.kv[kBuffer]));
+  __device__ __forceinline__ bool keys_are_there() const {
+    bool there = true;
 #pragma unroll
-    for (int tile = 0; tile < S::kSubTiles; ++tile) {
-      if (tile % S::kHalfTiles == 0) {
-        ptx::mbarrier_wait(&smem_.kv_full[kBuffer][tile / S::kHalfTiles], parity_[kBuffer]);
+    for (int copy = 0; copy < S::kCopies; ++copy) {
+      there &= ptx::mbarrier_test(&smem_.kv_full[kBuffer][copy], parity_[kBuffer]);
+    }
+    return __all_sync(0xffffffff, there);
+  }
+
+  // S = Q K^T of the block in kBuffer, sub-tile by sub-tile as the copies land. The odd block's
+  // begins when the even block's is half done: side by side both would end late, and the tensor
+  // cores would have nothing to do during both softmaxes.
+  template <int kBuffer>
+  __device__ __forceinline__ void issue_scores(float (&s)[32]) {
+    if constexpr (kBuffer == 1) ptx::mbarrier_wait(&smem_.scores_half_done, parity_[0]);
+    const uint32_t q = ptx::smem_address(smem_.q);
+    const uint32_t keys = ptx::smem_address(smem_.kv[kBuffer]);
+    const int first = kBuffer == 0 ? 0 : first_half(kp_, kBuffer);
+#pragma unroll
+    for (int i = 0; i < S::kSubTiles; ++i) {
+      const bool is_rope = i >= S::kValueTiles;
+      const int half = (i / S::kHalfTiles) ^ first;  // of the values
+      const int tile_in_half = i % S::kHalfTiles;
+      const int tile = is_rope ? i : half * S::kHalfTiles + tile_in_half;
+      if (tile_in_half == 0) {
+        ptx::mbarrier_wait(&smem_.kv_full[kBuffer][is_rope ? S::kRopeCopy : half],
+                           parity_[kBuffer]);
       }
+      const uint64_t a = wgmma::k_major(q + tile * kSubTileBytes, kGroupBytes);
+      const uint64_t b =
+          is_rope ? wgmma::k_major(keys + S::kOffsetOfP, kGroupBytes)
+                  : wgmma::k_major(keys + half * S::kHalfBytes + tile_in_half * kGroupBytes,
+                                   S::kHalfTiles * kGroupBytes);
       wgmma::fence();
 #pragma unroll
       for (int step = 0; step < kSubTileColumns / 16; ++step) {
-        const uint64_t offset = wgmma::distance(tile * kSubTileBytes + step * 32);
-        wgmma::m64n64k16_ss(T{}, s, a + offset, b + offset, tile + step > 0);
+        const uint64_t offset = wgmma::distance(step * 32);
+        wgmma::m64n64k16_ss(T{}, s, a + offset, b + offset, i + step > 0);
       }
+      if (kBuffer == 0 && i == S::kHalfTiles - 1) wgmma::commit();
     }
     wgmma::commit();
+    // Read by the lane that later releases the buffer.
+    block_is_bad_ = lane_ == 0 ? smem_.block_is_bad[kBuffer] : 0;
+  }
+
+  template <int kBuffer>
+  __device__ __forceinline__ void finish_scores(float (&s)[32], bool last) {
+    const int block_is_bad = __shfl_sync(0xffffffff, block_is_bad_, 0);
+    if constexpr (kBuffer == 0) {
+      wgmma::wait<1>();
+      __syncwarp();
+      if (lane_ == 0) ptx::mbarrier_arrive(&smem_.scores_half_done);
+    }
     wgmma::wait<0>();
     wgmma::hold(s);
+    if (block_is_bad != 0) [[unlikely]] {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) s[i] = NAN;
+      wgmma::hold(s);  // a branch: selecting each would delay all other blocks
+    }
+    // The scores of all four warps have read the RoPE sub-tile that P is about to replace.
+    if constexpr (S::kHasRope) ptx::named_barrier_sync(kBarrierMathGroup + kGroup, 128);
     if (last) release_queries();
   }
 
@@ -376,38 +463,36 @@ class MathGroup {
 
   // --- softmax --------------------------------------------------------------------------------
 
-  template <int kBuffer>
-  __device__ __forceinline__ void softmax(const schedule::Piece& piece, int block, float (&s)[32],
-                                          uint32_t (&p)[4][4]) {
-    float block_max[2];
-    float factor[2];
-    block_maximum<kBuffer>(piece, block, s, block_max);
-    exponentials<kBuffer>(s, block_max, p, factor);
-    rescale_output(factor);
-  }
-
-  // Masks s and finds the maximum of each row of the block, scaled.
-  template <int kBuffer>
-  __device__ __forceinline__ void block_maximum(const schedule::Piece& piece, int block,
-                                                float (&s)[32], float (&block_max)[2]) {
-    if (!(scale_log2_ > 0.f)) {
+  // Scores of tokens that a row does not attend to become -inf. `hold` keeps rare cases branches.
+  __device__ __forceinline__ void mask(const schedule::Piece& piece, int block, float (&s)[32]) {
+    if (!(scale_log2_ > 0.f)) [[unlikely]] {
       // The largest score must become the largest exponent.
 #pragma unroll
       for (int i = 0; i < 32; ++i) s[i] *= scale_log2_;
+      wgmma::hold(s);
     }
-    if ((block + 1) * kTokens > unmasked_tokens_) {
+    if ((block + 1) * kTokens > unmasked_tokens_) [[unlikely]] {
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
         const int token = block * kTokens + i / 4 * 8 + lane_ % 4 * 2 + i % 2;
         if (token >= visible_tokens_[i / 2 % 2]) s[i] = -INFINITY;
       }
+      wgmma::hold(s);
     }
-    // Read by the lane that later releases the buffer.
-    const int bad = lane_ == 0 ? smem_.block_is_bad[kBuffer] : 0;
-    if (__shfl_sync(0xffffffff, bad, 0) != 0) {
-#pragma unroll
-      for (int i = 0; i < 32; ++i) s[i] = NAN;
-    }
+  }
+
+  __device__ __forceinline__ float multiplier() const {
+    return scale_log2_ > 0.f ? scale_log2_ : 1.f;
+  }
+
+  // Moves the running maximum on if need be and publishes it. `factor` is what the output must be
+  // multiplied with.
+  template <int kBuffer>
+  __device__ __forceinline__ void move_max(const float (&s)[32], float (&factor)[2]) {
+    // P may exceed 1 by so much, in float32 and after rounding alike, before the maximum is moved:
+    // as exact, and the output need hardly ever be rescaled.
+    constexpr float kSlack = 8.f;
+    float block_max[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float m[4];
@@ -416,40 +501,31 @@ class MathGroup {
         m[k] = fmaxf(fmaxf(s[8 * k + 2 * h], s[8 * k + 2 * h + 1]),
                      fmaxf(s[8 * k + 2 * h + 4], s[8 * k + 2 * h + 5]));
       }
-      block_max[h] = fmaxf(fmaxf(m[0], m[1]), fmaxf(m[2], m[3]));
+      block_max[h] = fmaxf(fmaxf(m[0], m[1]), fmaxf(m[2], m[3])) * multiplier();
+      factor[h] = 1.f;
     }
-#pragma unroll
-    for (int distance = 1; distance <= 2; distance *= 2) {
+    // Whole rows need be looked at only if one of a thread's columns moves the maximum.
+    if (__any_sync(0xffffffff, block_max[0] > state_.max[0] + kSlack ||
+                                   block_max[1] > state_.max[1] + kSlack)) [[unlikely]] {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        block_max[h] = fmaxf(block_max[h], __shfl_xor_sync(0xffffffff, block_max[h], distance));
+#pragma unroll
+        for (int distance = 1; distance <= 2; distance *= 2) {
+          block_max[h] = fmaxf(block_max[h], __shfl_xor_sync(0xffffffff, block_max[h], distance));
+        }
+        if (block_max[h] > state_.max[h] + kSlack) factor[h] = set_max(h, block_max[h]);
       }
     }
+    if (lane_ % 4 == 0) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) block_max[h] *= multiplier();
-  }
-
-  __device__ __forceinline__ float multiplier() const {
-    return scale_log2_ > 0.f ? scale_log2_ : 1.f;
-  }
-
-  // Moves the running maximum on if need be and publishes it, turns s into P, sums up, and rounds
-  // P. `factor` is what the output must be multiplied with.
-  template <int kBuffer>
-  __device__ __forceinline__ void exponentials(float (&s)[32], const float (&block_max)[2],
-                                               uint32_t (&p)[4][4], float (&factor)[2]) {
-    float offset[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      // P may exceed 1 by so much, in float32 and after rounding alike, before the maximum is
-      // moved: as exact, and the output need hardly ever be rescaled.
-      constexpr float kSlack = 8.f;
-      const float new_max = block_max[h] > state_.max[h] + kSlack ? block_max[h] : state_.max[h];
-      if (lane_ % 4 == 0) smem_.row_max[kBuffer][row_ + 8 * h] = new_max;
-      factor[h] = move_max(h, new_max);
-      offset[h] = finite_max(new_max);
+      for (int h = 0; h < 2; ++h) smem_.row_max[kBuffer][row_ + 8 * h] = state_.max[h];
     }
+  }
+
+  // Turns s into P, sums up, and rounds P.
+  __device__ __forceinline__ void exponentials(float (&s)[32], uint32_t (&p)[4][4]) {
     const float scale = multiplier();
+    const float offset[2] = {finite_max(state_.max[0]), finite_max(state_.max[1])};
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       const int h = i / 2 % 2;
@@ -471,7 +547,7 @@ class MathGroup {
   }
 
   // Makes `new_max` the running maximum, rescales the sum, returns the factor for the output.
-  __device__ __forceinline__ float move_max(int h, float new_max) {
+  __device__ __forceinline__ float set_max(int h, float new_max) {
     if (new_max == state_.max[h]) return 1.f;
     const float factor = ptx::exp2_approx(state_.max[h] - finite_max(new_max));
     state_.max[h] = new_max;
@@ -479,15 +555,11 @@ class MathGroup {
     return factor;
   }
 
-  // Takes over the maximum that the other warpgroup published with the P tile in kBuffer.
+  // Takes over the maximum that the other warpgroup published.
   template <int kBuffer>
-  __device__ __forceinline__ void follow_max() {
-    float factor[2];
+  __device__ __forceinline__ void follow_max(float (&factor)[2]) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      factor[h] = move_max(h, smem_.row_max[kBuffer][row_ + 8 * h]);
-    }
-    rescale_output(factor);
+    for (int h = 0; h < 2; ++h) factor[h] = set_max(h, smem_.row_max[kBuffer][row_ + 8 * h]);
   }
 
   // Exact to skip when all factors of a warp are 1, which is the common case once a maximum is
@@ -502,10 +574,8 @@ class MathGroup {
 
   template <int kBuffer>
   __device__ __forceinline__ void store_p(const uint32_t (&p)[4][4]) {
-    const uint32_t base = ptx::smem_address(smem_.kv[kBuffer][S::kTileOfP]);
+    const uint32_t base = ptx::smem_address(smem_.kv[kBuffer]) + S::kOffsetOfP;
     const int row = thread_ / 32 * 16 + lane_ % 16;
-    // The scores of all four warps have read the RoPE sub-tile that P is about to replace.
-    ptx::named_barrier_sync(kBarrierMathGroup + kGroup, 128);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int chunk = 2 * k + lane_ / 16;
@@ -521,11 +591,15 @@ class MathGroup {
   __device__ __forceinline__ void zero_values_past_end(const schedule::Piece& piece, int block) {
     const int valid = piece.length - block * kTokens;
     if (valid >= kTokens) return;
-    const uint32_t base = ptx::smem_address(smem_.kv[kBuffer][kGroup * S::kHalfTiles]);
-    const int chunks = (kTokens - valid) * 8;
-    for (int i = thread_; i < chunks * S::kHalfTiles; i += 128) {
-      const int tile = i / chunks;
-      ptx::st_shared_zero_16(base + tile * kSubTileBytes + valid * 128 + (i - tile * chunks) * 16);
+    const uint32_t base = ptx::smem_address(smem_.kv[kBuffer]) + kGroup * S::kHalfBytes;
+    constexpr int kChunks = S::kHalfTiles * 8;  // of 16 bytes, of a token
+#pragma unroll 1
+    for (int i = thread_; i < (kTokens - valid) * kChunks; i += 128) {
+      const int token = valid + i / kChunks;
+      const int chunk = i % kChunks;
+      ptx::st_shared_zero_16(base +
+                             (token / kGroupTokens * S::kHalfTiles + chunk / 8) * kGroupBytes +
+                             token % kGroupTokens * kRowBytes + chunk % 8 * 16);
     }
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(kBarrierMathGroup + kGroup, 128);
@@ -538,37 +612,46 @@ class MathGroup {
     ptx::mbarrier_wait(&smem_.kv_full[kBuffer][kGroup], parity_[kBuffer]);
   }
 
+  // 16 tokens of this warpgroup's half of the values.
   template <int kBuffer>
   __device__ __forceinline__ uint64_t values_descriptor() const {
-    return wgmma::mn_major(ptx::smem_address(smem_.kv[kBuffer][kGroup * S::kHalfTiles]));
+    return wgmma::mn_major(ptx::smem_address(smem_.kv[kBuffer]) + kGroup * S::kHalfBytes,
+                           kGroupBytes, S::kHalfTiles * kGroupBytes);
   }
+  static constexpr uint64_t kValuesStep =
+      wgmma::distance(16 / kGroupTokens * S::kHalfTiles * kGroupBytes);
 
   template <int kBuffer>
   __device__ __forceinline__ void values_from_registers(const uint32_t (&p)[4][4]) {
     const uint64_t v = values_descriptor<kBuffer>();
     wgmma::fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      wgmma::values_rs(T{}, out_, p[k], v + wgmma::distance(k * 16 * 128));
-    }
+    for (int k = 0; k < 4; ++k) wgmma::values_rs(T{}, out_, p[k], v + k * kValuesStep);
     wgmma::commit();
   }
 
   template <int kBuffer>
   __device__ __forceinline__ void values_from_shared() {
-    const uint64_t p = wgmma::k_major(ptx::smem_address(smem_.kv[kBuffer][S::kTileOfP]));
+    const uint64_t p =
+        wgmma::k_major(ptx::smem_address(smem_.kv[kBuffer]) + S::kOffsetOfP, kGroupBytes);
     const uint64_t v = values_descriptor<kBuffer>();
     wgmma::fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      wgmma::values_ss(T{}, out_, p + wgmma::distance(k * 32), v + wgmma::distance(k * 16 * 128));
+      wgmma::values_ss(T{}, out_, p + wgmma::distance(k * 32), v + k * kValuesStep);
     }
     wgmma::commit();
   }
 
   template <int kBuffer>
-  __device__ __forceinline__ void release_values() {
+  __device__ __forceinline__ void finish_values() {
+    wgmma::wait<0>();
     wgmma::hold(out_);
+    release_values<kBuffer>();
+  }
+
+  template <int kBuffer>
+  __device__ __forceinline__ void release_values() {
     __syncwarp();
     if (lane_ == 0) ptx::mbarrier_arrive(&smem_.kv_empty[kBuffer][kGroup]);
   }
@@ -723,6 +806,7 @@ class MathGroup {
   int lane_;
   int row_;  // of the tile: this thread's first row
 
+  int block_is_bad_;  // in lane 0
   float out_[S::kAccumulators];
   RowState state_;
   float scale_log2_;
@@ -766,9 +850,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   // Kept in a register: known to the compiler, it would be worked out anew, from a slow special
   // register, for each access (5% of the time in all).
-  uint8_t* base = shared_bytes;
-  asm volatile("" : "+l"(base));
-  SharedStorage<S>& smem = *reinterpret_cast<SharedStorage<S>*>(base);
+  uint32_t base;
+  asm volatile("mov.u32 %0, %1;" : "=r"(base) : "r"(ptx::smem_address(shared_bytes)));
+  SharedStorage<S>& smem = *reinterpret_cast<SharedStorage<S>*>(__cvta_shared_to_generic(base));
 
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   const int lane = threadIdx.x % 32;
@@ -778,15 +862,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     smem.place = {tile / kp.p.heads_kv, tile % kp.p.heads_kv,
                   static_cast<int>(blockIdx.x) % kp.row_tiles};
     ptx::prefetch_tensor_map(&maps.keys_half);
-    ptx::prefetch_tensor_map(&maps.keys_sub_tile);
+    ptx::prefetch_tensor_map(&maps.keys_rope);
     ptx::mbarrier_init(&smem.q_full, kp.must_gather_queries ? kQueryLoaderWarps : 1);
     ptx::mbarrier_init(&smem.q_empty, kMathGroups * kWarpArrivals);
     ptx::mbarrier_init(&smem.sums_full, kMathThreads);
+    ptx::mbarrier_init(&smem.scores_half_done, kWarpArrivals);
     for (int buffer = 0; buffer < kBuffers; ++buffer) {
       for (int copy = 0; copy < S::kCopies; ++copy) {
         ptx::mbarrier_init(&smem.kv_full[buffer][copy], 1);
       }
       ptx::mbarrier_init(&smem.p_full[buffer], 128);
+      smem.block_is_bad[buffer] = 0;
       for (int half = 0; half < 2; ++half) {
         ptx::mbarrier_init(&smem.kv_empty[buffer][half], kWarpArrivals);
       }

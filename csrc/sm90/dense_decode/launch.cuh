@@ -37,14 +37,15 @@ Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
   const void* cache = params.num_pages > 0 ? params.k_cache : params.q;
   const auto encode_keys = [&](CUtensorMap* map, int sub_tiles) {
     return encode_paged_cache(map, cache, type, params.num_pages, params.page_size, params.heads_kv,
-                              kDim, box_tokens(params.page_size), sub_tiles);
+                              kDim, box_tokens(params.page_size) / kGroupTokens, sub_tiles);
   };
   if (Status status = encode_keys(&maps.keys_half, S::kHalfTiles); !status.ok()) return status;
-  if (Status status = encode_keys(&maps.keys_sub_tile, 1); !status.ok()) return status;
+  if (S::kHasRope) {
+    if (Status status = encode_keys(&maps.keys_rope, 1); !status.ok()) return status;
+  }
   if (!kp.must_gather_queries) {
-    // Requests are the pages of this one, and a request's rows their tokens.
-    if (Status status = encode_paged_cache(&maps.queries, params.q, type, params.batch, kp.rows,
-                                           /*heads=*/1, kDim, kRows, S::kSubTiles);
+    if (Status status =
+            encode_rows(&maps.queries, params.q, type, params.batch, kp.rows, kDim, kRows);
         !status.ok()) {
       return status;
     }
