@@ -51,9 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         chosen.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
     chosen.add_argument("--all", action="store_true", help="all of them")
     chosen.add_argument(
-        "--unrolled",
+        "--scan",
         action="store_true",
-        help="end to end with layers in a row instead of a loop; takes minutes to compile",
+        help="end to end without the unrolled programs, which take longer to compile",
     )
     parser.add_argument("--targets", action="store_true", help="judge the targets; measures rows")
     files = parser.add_argument_group("results of an earlier run; nothing is measured")
@@ -162,8 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     options = parser.parse_args(argv)
-    if options.unrolled and not (options.end_to_end or options.all):
-        parser.error("--unrolled goes with --end-to-end")
+    if options.scan and not (options.end_to_end or options.all):
+        parser.error("--scan goes with --end-to-end")
     if options.report or options.plot:
         return _show(parser, options)
     if not _ffi.cuda_built():
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     work = {
         name: [
             item
-            for item in sections.items(name, unrolled=options.unrolled)
+            for item in sections.items(name, unrolled=not options.scan)
             if options.filter in item.name
         ]
         for name in _chosen_sections(options)

@@ -5,6 +5,14 @@ a norm before it and a residual around it, in one jitted program: one schedule f
 donated cache of layers x pages, weights and cached tokens random. Steps follow each other without
 waiting, the tokens' activations and positions of one being those that the step before returned.
 
+The layers are unrolled, and each has arrays of its own, as in a loop over modules. ``scan_us`` is
+the same step as a scan over stacked weights, compiled so that their slices are read in place
+(`SCAN_OPTIONS`): XLA's own kernels for matrix products would first write out what they multiply
+with. Such a program compiles in seconds, however many layers there are.
+
+The fallback, ``xla_us``, is measured as a scan as well, with the same options: unrolled, it takes
+many times as long to compile.
+
 What attention takes is the difference to the same step without it: with everything else, the
 writes to the cache included, but queries instead of averages of latents going into the output
 projections, and no schedule. So it is what a perfectly fast kernel would save, and is more than
@@ -26,7 +34,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -46,8 +55,13 @@ _TRIAL_SECONDS = 0.05
 _MAX_STEPS = 10  # of a trial
 #: A fallback whose step takes longer is not timed.
 _LONGEST_STEP_SECONDS = 5.0
-#: Bound of the relative difference between the results of a step with kernels and with XLA.
+#: Bound of the relative difference between the results of a step by different programs.
 _SAME = 0.05
+
+#: Two matrices with the same input stay two: joined, they would be written out in every step.
+UNROLLED_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
+#: And slices of stacked matrices go to cuBLAS, which takes them where they are.
+SCAN_OPTIONS = UNROLLED_OPTIONS | {"xla_gpu_enable_triton_gemm": False}
 
 # Instructions that make no array of their own.
 _MAKES_NOTHING = frozenset(
@@ -137,8 +151,8 @@ def _stacked_weights(keys: Array, config: MLAConfig) -> dict[str, Array]:
     return jax.lax.map(lambda key: _layer_weights(key, config), keys)
 
 
-def make_weights(stack: Stack, *, unrolled: bool = False) -> Any:
-    """Random weights: stacked along the first axis, or with ``unrolled`` a list of layers."""
+def make_weights(stack: Stack, *, unrolled: bool) -> Any:
+    """Random weights: a list of layers, or else stacked along the first axis. The same numbers."""
     keys = jax.random.split(jax.random.key(0), stack.layers)
     if unrolled:
         return [_layer_weights(key, stack.config) for key in keys]
@@ -169,7 +183,7 @@ class Inputs:
     table: Array
 
     @classmethod
-    def make(cls, stack: Stack, *, unrolled: bool = False) -> Inputs:
+    def make(cls, stack: Stack, *, unrolled: bool) -> Inputs:
         """Random ones."""
         weights = make_weights(stack, unrolled=unrolled)
         shape = (stack.b, 1, stack.config.hidden_size)
@@ -185,6 +199,15 @@ class Inputs:
 
 
 jax.tree_util.register_dataclass(Inputs, ["cache", "weights", "x", "table"], [])
+
+
+def argument_shapes(stack: Stack, *, unrolled: bool) -> tuple[Any, ...]:
+    """Shapes and dtypes of a step's arguments."""
+    weights = jax.eval_shape(functools.partial(make_weights, stack, unrolled=unrolled))
+    cache = jax.eval_shape(functools.partial(make_cache, stack))
+    x = jax.ShapeDtypeStruct((stack.b, 1, stack.config.hidden_size), stack.config.dtype)
+    positions = jax.ShapeDtypeStruct((stack.b, 1), jnp.int32)
+    return cache, weights, x, positions, jax.ShapeDtypeStruct((stack.b, stack.columns), jnp.int32)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,7 +245,7 @@ def decode_around(
     return core.project_outputs(params, out), cache
 
 
-def step_program(stack: Stack, attention: str | None, *, unrolled: bool = False) -> Any:
+def step_program(stack: Stack, attention: str | None, *, unrolled: bool) -> Any:
     """A jitted function of cache, weights, x, positions int32[b, 1] and table: one step.
 
     It returns the cache, which it takes over, the next x [b, 1, hidden] and the next positions.
@@ -266,7 +289,8 @@ def step_program(stack: Stack, attention: str | None, *, unrolled: bool = False)
         x = core.rms_norm(x, jnp.ones((config.hidden_size,)), config.rms_norm_eps)
         return cache, x, positions + 1
 
-    return jax.jit(step, donate_argnums=0)
+    options = UNROLLED_OPTIONS if unrolled else SCAN_OPTIONS
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -277,7 +301,7 @@ def weight_copies(module: str, config: MLAConfig) -> int:
     """Bytes of instructions of a compiled module that write out a matrix of one layer as it is.
 
     In a scan a layer's weights are slices of the stacked ones. Where XLA does not read a slice in
-    place, it writes it somewhere first.
+    place, it writes it somewhere first. Of an unrolled program: all layers together.
     """
     size = np.dtype(config.param_dtype).itemsize
     shapes = [shape for shape in core.param_shapes(config).values() if len(shape) > 1]
@@ -393,25 +417,63 @@ def _difference(a: Array, b: Array) -> float:
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
-def _measure_xla(
-    stack: Stack, inputs: Inputs, compile_step: Callable[[str | None], Any], ours: Any
-) -> measure.Row:
-    """The step on the XLA fallback; without a time, why there is none in ``xla_note``."""
+Program = tuple[str | None, bool]  # attention, and whether it is unrolled
+
+
+def compile_steps(stack: Stack, programs: Iterable[Program]) -> dict[Program, Any]:
+    """Compiled steps, all at the same time; or the error where XLA had not enough memory."""
+
+    def compile_one(program: Program) -> Any:
+        attention, unrolled = program
+        start = time.perf_counter()
+        step = step_program(stack, attention, unrolled=unrolled)
+        try:
+            compiled = step.lower(*argument_shapes(stack, unrolled=unrolled)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return error
+        what = "no attention" if attention is None else f"attention {attention!r}"
+        form = "unrolled" if unrolled else "a scan"
+        seconds = time.perf_counter() - start
+        _say(stack, f"step with {what}, {form}, compiled in {seconds:.1f} s")
+        return compiled
+
+    programs = list(dict.fromkeys(programs))
+    with ThreadPoolExecutor(len(programs)) as pool:
+        return dict(zip(programs, pool.map(compile_one, programs), strict=True))
+
+
+def _check_same(x: Array, y: Array, what: str) -> float:
+    """The relative difference of two results; RuntimeError if it is too large."""
+    difference = _difference(x, y)
+    if not difference <= _SAME:
+        raise RuntimeError(f"{what} differ by {difference:.3g}")
+    return difference
+
+
+def _measure_xla(stack: Stack, inputs: Inputs, compiled: Any, expected: Array) -> measure.Row:
+    """The step on the XLA fallback; without a time, why there is none in ``xla_note``.
+
+    Args:
+      stack: what decodes.
+      inputs: with stacked weights.
+      compiled: the program, or the error instead of one.
+      expected: x after the step that sees ``s_k`` tokens.
+    """
     row: measure.Row = {"xla_us": None, "xla_note": None, "xla_difference": None}
     try:
-        if isinstance(inputs.weights, list):
-            raise _NotMeasured("not compiled without a scan")
-        compiled = compile_step("xla")
+        if isinstance(compiled, Exception):
+            raise compiled
         counts = check_step(compiled, stack, "xla", inputs.cache, unrolled=False)
-        row |= {f"xla_{name}": counts[name] for name in ("cache_copies", "temp_bytes")}
+        names = ("cache_copies", "temp_bytes", "weight_copy_bytes")
+        row |= {f"xla_{name}": counts[name] for name in names}
         reason = _no_room(counts["temp_bytes"])
         if reason:
             raise _NotMeasured(reason)
         # The same step by both. What one has written to the cache the other writes again.
-        x, y = (_run(program, inputs, 1, stack.s_k)[1] for program in (ours, compiled))
-        row["xla_difference"] = _difference(x, y)
-        if not row["xla_difference"] <= _SAME:
-            raise RuntimeError(f"kernels and XLA differ by {row['xla_difference']:.3g}")
+        x = _run(compiled, inputs, 1, stack.s_k)[1]
+        row["xla_difference"] = _check_same(expected, x, "kernels and XLA")
         row["xla_us"], row["xla_steps"] = _step_us(compiled, inputs, stack, _LONGEST_STEP_SECONDS)
     except _NotMeasured as reason:
         row["xla_note"] = str(reason)
@@ -422,41 +484,57 @@ def _measure_xla(
     return row
 
 
+def _measure_scan(
+    stack: Stack, inputs: Inputs, compiled: Any, kernels: str, expected: Array
+) -> measure.Row:
+    """The step as a scan over stacked weights, which are made in place of the separate ones."""
+    inputs.weights = None  # both may not fit
+    inputs.weights = jax.block_until_ready(make_weights(stack, unrolled=False))
+    counts = check_step(compiled, stack, kernels, inputs.cache, unrolled=False)
+    _check_same(expected, _run(compiled, inputs, 1, stack.s_k)[1], "unrolled layers and a scan")
+    return {
+        "scan_us": _step_us(compiled, inputs, stack)[0],
+        "scan_weight_copy_bytes": counts["weight_copy_bytes"],
+    }
+
+
 def measure_stack(
-    timer: measure.Timer, stack: Stack, *, unrolled: bool = False, kernels: str = "cuda"
+    timer: measure.Timer, stack: Stack, *, unrolled: bool = True, kernels: str = "cuda"
 ) -> measure.Row:
     """A row of the section.
 
     Args:
       timer: for the ceilings, and the kernels' own time.
       stack: what decodes.
-      unrolled: layers in a row instead of a scan, and no fallback.
+      unrolled: whether the program that is measured is unrolled, and the scan only beside it.
       kernels: the implementation that is measured.
     """
+    main, bare, scan, fallback = (kernels, unrolled), (None, unrolled), (kernels, False), "xla"
+    # While there is memory for XLA to try out kernels in.
+    programs = compile_steps(stack, (main, bare, scan, (fallback, False)))
+    for program in (main, bare, scan):
+        if isinstance(programs[program], Exception):
+            raise programs[program]
+
     start = time.perf_counter()
     inputs = Inputs.make(stack, unrolled=unrolled)
     gigabytes = inputs.cache.data.nbytes / 1e9, stack.weight_bytes / 1e9
     sizes = "{:.1f} GB of cache and {:.1f} GB of weights".format(*gigabytes)
     _say(stack, f"{sizes} filled in {time.perf_counter() - start:.1f} s")
 
-    def compile_step(attention: str | None) -> Any:
-        start = time.perf_counter()
-        program = step_program(stack, attention, unrolled=unrolled)
-        compiled = program.lower(*inputs.arguments(stack.s_k - 1)).compile()
-        what = "no attention" if attention is None else f"attention {attention!r}"
-        _say(stack, f"step with {what} compiled in {time.perf_counter() - start:.1f} s")
-        return compiled
-
-    ours = compile_step(kernels)
-    counts = check_step(ours, stack, kernels, inputs.cache, unrolled=unrolled)
-    us, steps = _step_us(ours, inputs, stack)
-    bare = compile_step(None)
-    check_step(bare, stack, None, inputs.cache, unrolled=unrolled)
-    bare_us, _ = _step_us(bare, inputs, stack)
-    if not bool(jnp.isfinite(_run(ours, inputs, 1, stack.s_k)[1]).all()):
+    counts = check_step(programs[main], stack, kernels, inputs.cache, unrolled=unrolled)
+    us, steps = _step_us(programs[main], inputs, stack)
+    check_step(programs[bare], stack, None, inputs.cache, unrolled=unrolled)
+    bare_us, _ = _step_us(programs[bare], inputs, stack)
+    _, x = _run(programs[main], inputs, 1, stack.s_k)
+    if not bool(jnp.isfinite(x).all()):
         raise RuntimeError("the results of a step are not finite")
     raw_us = stack.layers * timer.raw(stack.case).us
-    xla = _measure_xla(stack, inputs, compile_step, ours)
+    scanned = {"scan_us": us, "scan_weight_copy_bytes": counts["weight_copy_bytes"]}
+    if unrolled:
+        scanned = _measure_scan(stack, inputs, programs[scan], kernels, x)
+        _, x = _run(programs[scan], inputs, 1, stack.s_k)  # other tokens are cached by now
+    xla = _measure_xla(stack, inputs, programs[fallback, False], x)
 
     read = timer.limits.get("read_gb_per_s")
     matmul = timer.limits.get("bf16_matmul_tflop_per_s")
@@ -482,6 +560,7 @@ def measure_stack(
         "matmul_us": matmul_us,
         "bound_us": bound_us,
         "of_bound": None if bound_us is None else bound_us / us,
+        **scanned,
         **xla,
         "xla_over_ours": None if xla["xla_us"] is None else xla["xla_us"] / us,
         **counts,

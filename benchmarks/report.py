@@ -130,6 +130,7 @@ TABLES = {
             _NAME,
             _number("us", "step", 8, ".2f", 1e-3),
             _number("tokens_per_s", "tokens/s", 9, ".0f"),
+            _number("scan_us", "scan", 8, ".2f", 1e-3),
             _number("without_attention_us", "without attention", 18, ".2f", 1e-3),
             _number("attention_share", "attention", 10, ".0%"),
             _number("raw_us", "kernels", 8, ".2f", 1e-3),
@@ -187,9 +188,13 @@ def _end_to_end_notes(row: Row) -> Iterable[str]:
         yield f"{row['name']}: no time with XLA: {row['xla_note']}"
     if row.get("xla_cache_copies"):
         yield f"{row['name']}: with XLA the step copies the cache"
-    if row.get("weight_copy_bytes"):
-        size = row["weight_copy_bytes"] / 1e6
-        yield f"{row['name']}: {size:.0f} MB of weights are copied in each layer"
+    for key, where in (
+        ("weight_copy_bytes", "all layers" if row.get("program") == "unrolled" else "each layer"),
+        ("scan_weight_copy_bytes", "each layer of the scan"),
+        ("xla_weight_copy_bytes", "each layer with XLA"),
+    ):
+        if row.get(key):
+            yield f"{row['name']}: {row[key] / 1e6:.0f} MB of weights are copied in {where}"
 
 
 def full_text(result: Result) -> str:

@@ -68,8 +68,8 @@ def _curves(
     return [_named(b, s_k, h) for h in heads for b, s_k in dict.fromkeys(points)]
 
 
-def items(section: str, *, unrolled: bool = False) -> list[Item]:
-    """The rows of a section; ``unrolled``: end to end without a loop over layers."""
+def items(section: str, *, unrolled: bool = True) -> list[Item]:
+    """The rows of a section; ``unrolled``: end to end not only with a loop over layers."""
     if section == "rows":
         return [
             Item(c.name, c, lambda timer, c=c: timer.decode(c)) for c in cases.dense_benchmarks()

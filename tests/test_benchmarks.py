@@ -91,11 +91,12 @@ def inside_row(xla_us=0.5, calls=61):
     }
 
 
-def step_row(stack, unrolled=False):
+def step_row(stack, unrolled=True):
     return {
         **measure.sizes(stack.case),
         "program": "unrolled" if unrolled else "scan",
         "us": 40_000.0,
+        "scan_us": 42_000.0,
         "tokens_per_s": 25.0 * stack.b,
         "without_attention_us": 10_000.0,
         "attention_us": 30_000.0,
@@ -480,7 +481,7 @@ def test_a_failing_section_does_not_stop_the_others(gpu, tmp_path, capsys):
     result = report.load(out.with_suffix(".json"))
     assert result["inside_jax"] == [] and len(result["xla"]) == len(sections.items("xla"))
     assert len(result["rows"]) == 53 and len(result["metadata"]) == 7
-    assert [row["program"] for row in result["end_to_end"]] == ["scan"] * 3
+    assert [row["program"] for row in result["end_to_end"]] == ["unrolled"] * 3
     assert {error["section"] for error in result["errors"]} == {"inside_jax"}
     assert result["errors"][0]["error"] == "RuntimeError: toy failure"
     assert "failed: inside_jax b1-sk512-h8-sq1: toy failure" in captured.out
@@ -509,10 +510,10 @@ def test_targets_measure_the_rows_too(gpu, capsys):
 
 def test_end_to_end_alone(gpu, tmp_path, capsys):
     out = tmp_path / "result"
-    options = ["--end-to-end", "--unrolled", "--filter", "b32-sk8192", "--out", str(out)]
+    options = ["--end-to-end", "--scan", "--filter", "b32-sk8192", "--out", str(out)]
     assert command.main(options) == 0
     (row,) = report.load(out.with_suffix(".json"))["end_to_end"]
-    assert row["b"] == 32 and row["s_k"] == 8192 and row["program"] == "unrolled"
+    assert row["b"] == 32 and row["s_k"] == 8192 and row["program"] == "scan"
     assert not out.with_suffix(".csv").exists()
     header, line = (tmp_path / "result_end_to_end.csv").read_text().splitlines()
     assert header.split(",") == list(row) and line.startswith("v3-61-layers-b32-sk8192,32,8192,")
@@ -520,7 +521,7 @@ def test_end_to_end_alone(gpu, tmp_path, capsys):
     assert command.main(["--report", str(out.with_suffix(".json"))]) == 0
     printed = capsys.readouterr().out.splitlines()
     (line,) = [line for line in printed if line.startswith("v3-61-layers-b32-sk8192")]
-    numbers = ["40.00", "800", "10.00", "75%", "29.00", "-", "-", "1000.0", "25.0"]
+    numbers = ["40.00", "800", "42.00", "10.00", "75%", "29.00", "-", "-", "1000.0", "25.0"]
     assert line.split()[1:] == numbers
 
 
@@ -549,7 +550,7 @@ def test_wrong_arguments(gpu, capsys, tmp_path):
     assert "0 is not at least 1" in fails(capsys, "--launches", 0)
     assert "invalid" in fails(capsys, "--replays", "many")
     assert "leave out --inside-jax" in fails(capsys, "--report", COMMITTED, "--inside-jax")
-    assert "--unrolled goes with --end-to-end" in fails(capsys, "--unrolled", "--rows")
+    assert "--scan goes with --end-to-end" in fails(capsys, "--scan", "--rows")
     assert "leave out --out" in fails(capsys, "--plot", COMMITTED, "--out", "x")
     assert "cannot read" in fails(capsys, "--report", tmp_path / "none.json")
     other = tmp_path / "other.json"

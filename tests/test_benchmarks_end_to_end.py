@@ -47,7 +47,7 @@ def short_trials(monkeypatch):
 
 @pytest.fixture(scope="module")
 def inputs():
-    return end_to_end.Inputs.make(STACK)
+    return end_to_end.Inputs.make(STACK, unrolled=False)
 
 
 def copied(inputs):
@@ -97,7 +97,8 @@ def test_the_step_is_its_layers_one_by_one(inputs):
     """Each with a cache of its own, called by itself; the norms in numpy."""
     mine = copied(inputs)
     _, x, positions, table = mine.arguments(19)[1:]
-    cache, got, after = end_to_end.step_program(STACK, "xla")(*mine.arguments(19))
+    program = end_to_end.step_program(STACK, "xla", unrolled=False)
+    cache, got, after = program(*mine.arguments(19))
     hidden = np.asarray(x)
     for layer in range(STACK.layers):
         _, params, own = of_layer(inputs, layer)
@@ -114,11 +115,22 @@ def test_the_step_is_its_layers_one_by_one(inputs):
 
 
 def test_unrolled_layers_are_the_same_step(inputs):
-    _, x, _ = end_to_end.step_program(STACK, "xla")(*copied(inputs).arguments(20))
+    scan = end_to_end.step_program(STACK, "xla", unrolled=False)
+    _, x, _ = scan(*copied(inputs).arguments(20))
     unrolled = end_to_end.Inputs.make(STACK, unrolled=True)
     program = end_to_end.step_program(STACK, "xla", unrolled=True)
     _, y, _ = program(*unrolled.arguments(20))
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_shapes_of_arguments(unrolled):
+    """For which programs are compiled before there are arguments."""
+    arguments = end_to_end.Inputs.make(STACK, unrolled=unrolled).arguments(20)
+    shapes = end_to_end.argument_shapes(STACK, unrolled=unrolled)
+    assert jax.tree.structure(arguments) == jax.tree.structure(shapes)
+    for a, b in zip(jax.tree.leaves(arguments), jax.tree.leaves(shapes), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 def test_around_its_attention_it_is_decode(inputs):
@@ -164,9 +176,10 @@ def test_what_stands_for_attention_needs_all_of_the_query():
 # --- Rows -------------------------------------------------------------------------------------
 
 
-def test_a_row(tmp_path, capsys):
-    row = end_to_end.measure_stack(TIMER, STACK, kernels="xla")
-    assert row["name"] == "mini" and row["program"] == "scan"
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_a_row(unrolled, tmp_path, capsys):
+    row = end_to_end.measure_stack(TIMER, STACK, kernels="xla", unrolled=unrolled)
+    assert row["name"] == "mini" and row["program"] == ("unrolled" if unrolled else "scan")
     assert row["trials"] >= 5 and row["steps"] >= 1
     assert row["tokens_per_s"] == pytest.approx(3e6 / row["us"])
     assert row["attention_us"] == row["us"] - row["without_attention_us"]
@@ -176,13 +189,16 @@ def test_a_row(tmp_path, capsys):
     assert row["read_us"] == pytest.approx(row["bytes"] / 4400e3)
     assert row["matmul_us"] == pytest.approx(STACK.flop / 720e6)
     assert row["bound_us"] == max(row["read_us"], row["matmul_us"])
+    assert (row["scan_us"] == row["us"]) == (not unrolled) and row["scan_us"] > 0
     assert row["xla_us"] > 0 and row["xla_note"] is None
     assert row["xla_difference"] < 1e-5
     assert row["xla_over_ours"] == pytest.approx(row["xla_us"] / row["us"])
     assert row["cache_copies"] == 0 and row["cache_bytes"] == 18 * 8 * 40 * 4
-    assert row["weight_copy_bytes"] > 0  # XLA for CPUs does copy slices
+    # XLA for CPUs does copy slices.
+    assert (row["weight_copy_bytes"] == 0) == unrolled
+    assert row["scan_weight_copy_bytes"] > 0 and row["xla_weight_copy_bytes"] > 0
     progress = capsys.readouterr().err
-    assert progress.count("compiled in") == 3 and "GB of weights" in progress
+    assert progress.count("compiled in") == 2 + unrolled and "GB of weights" in progress
     report.save(tmp_path / "result", {"end_to_end": [row]})
     loaded = report.load(tmp_path / "result.json")
     assert loaded["end_to_end"] == [row]
@@ -193,59 +209,78 @@ def test_a_row(tmp_path, capsys):
 def test_without_ceilings_there_is_no_bound(monkeypatch):
     monkeypatch.setattr(end_to_end, "_measure_xla", lambda *_: {"xla_us": None, "xla_note": "no"})
     timer = SimpleNamespace(limits={}, raw=TIMER.raw)
-    row = end_to_end.measure_stack(timer, STACK, kernels="xla", unrolled=True)
+    row = end_to_end.measure_stack(timer, STACK, kernels="xla")
     assert row["bound_us"] is row["of_bound"] is row["xla_over_ours"] is None
-    assert row["weight_copy_bytes"] == 0
     assert report.TABLES["end_to_end"].line(row).split()[-4:] == ["-"] * 4
+    del row["scan_weight_copy_bytes"]
     assert report.summary_line("end_to_end", [row]) == "mini: no time with XLA: no"
 
 
-def xla(inputs, compile_step, ours=None):
-    return end_to_end._measure_xla(STACK, inputs, compile_step, ours)
+def run_out(message):
+    """As if XLA did while it compiles."""
 
-
-def test_a_fallback_that_cannot_be_measured_says_why(inputs, monkeypatch):
-    def fails(message):
-        def compile_step(attention):
+    class Program:
+        def lower(self, *_):
             raise jax.errors.JaxRuntimeError(message)
 
-        return compile_step
+    return lambda *_, **__: Program()
+
+
+def test_programs_that_cannot_be_compiled(monkeypatch):
+    message = "RESOURCE_EXHAUSTED: out of memory\nand more"
+    monkeypatch.setattr(end_to_end, "step_program", run_out(message))
+    programs = end_to_end.compile_steps(STACK, [("xla", False), ("xla", False), (None, True)])
+    assert list(programs) == [("xla", False), (None, True)]
+    assert {str(error) for error in programs.values()} == {message}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        end_to_end.measure_stack(TIMER, STACK, kernels="xla")
+    monkeypatch.setattr(end_to_end, "step_program", run_out("INTERNAL: a bug"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        end_to_end.compile_steps(STACK, [("xla", False)])
+
+
+@pytest.fixture(scope="module")
+def fallback():
+    return end_to_end.compile_steps(STACK, [("xla", False)])["xla", False]
+
+
+def xla(inputs, compiled, expected=None):
+    return end_to_end._measure_xla(STACK, inputs, compiled, expected)
+
+
+def test_a_fallback_that_cannot_be_measured_says_why(inputs, fallback, monkeypatch):
+    def fails(message):
+        return jax.errors.JaxRuntimeError(message)
 
     row = xla(inputs, fails("RESOURCE_EXHAUSTED: out of memory\nand more"))
     assert row["xla_us"] is None and row["xla_note"] == "RESOURCE_EXHAUSTED: out of memory"
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         xla(inputs, fails("INTERNAL: a bug"))
-    row = xla(dataclasses.replace(inputs, weights=[]), fails("not called"))
-    assert row["xla_note"] == "not compiled without a scan"
 
     mine = copied(inputs)
-    program = end_to_end.step_program(STACK, "xla")
-    compiled = program.lower(*mine.arguments(20)).compile()
+    _, x = end_to_end._run(fallback, mine, 1, STACK.s_k)
     monkeypatch.setattr(end_to_end, "_LONGEST_STEP_SECONDS", 0.0)
-    row = xla(mine, lambda attention: compiled, compiled)
+    row = xla(mine, fallback, x)
     assert row["xla_us"] is None and "one step takes 0.0 s" in row["xla_note"]
     assert row["xla_difference"] == 0 and row["xla_cache_copies"] == 0
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10, "bytes_in_use": 7})
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert "GB more memory" in xla(mine, lambda attention: compiled, compiled)["xla_note"]
+    assert "GB more memory" in xla(mine, fallback, x)["xla_note"]
 
 
 def test_room():
     assert end_to_end._no_room(1 << 62) is None  # a CPU does not say
 
 
-def test_results_that_differ_are_an_error(inputs):
+def test_results_that_differ_are_an_error(inputs, fallback):
     mine = copied(inputs)
-    compiled = end_to_end.step_program(STACK, "xla").lower(*mine.arguments(20)).compile()
-
-    def other(*arguments):
-        cache, x, positions = compiled(*arguments)
-        return cache, 1.1 * x, positions
-
+    _, x = end_to_end._run(fallback, mine, 1, STACK.s_k)
     with pytest.raises(RuntimeError, match="kernels and XLA differ by 0.1"):
-        xla(mine, lambda attention: compiled, other)
+        xla(mine, fallback, 1.1 * x)
     with pytest.raises(RuntimeError, match="kernels and XLA differ by nan"):
-        xla(mine, lambda attention: compiled, lambda *a: (*compiled(*a)[:1], math.nan * a[2], a[3]))
+        xla(mine, fallback, math.nan * x)
+    with pytest.raises(RuntimeError, match="unrolled layers and a scan differ by 0.1"):
+        end_to_end._measure_scan(STACK, mine, fallback, "xla", 1.1 * x)
 
 
 def test_a_cache_that_moves_is_an_error(inputs):
@@ -324,6 +359,13 @@ def test_compiled_steps_are_checked():
     assert report.summary_line("end_to_end", [row]).splitlines() == [
         "mini: with XLA the step copies the cache",
         "mini: 3 MB of weights are copied in each layer",
+    ]
+    row = {"name": "mini", "program": "unrolled", "weight_copy_bytes": 5_000_000}
+    row |= {"scan_weight_copy_bytes": 2_000_000, "xla_weight_copy_bytes": 1_000_000}
+    assert report.summary_line("end_to_end", [row]).splitlines() == [
+        "mini: 5 MB of weights are copied in all layers",
+        "mini: 2 MB of weights are copied in each layer of the scan",
+        "mini: 1 MB of weights are copied in each layer with XLA",
     ]
 
 
