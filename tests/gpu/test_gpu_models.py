@@ -426,6 +426,7 @@ MIXTURE = {
     "n_shared_experts": 1,
     "n_group": 2,
     "topk_group": 1,
+    "norm_topk_prob": True,
     "routed_scaling_factor": 1.5,
 }
 
