@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import shlex
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import test_deepseek_example as deepseek
+import tokenizers
 
+import jax_flashmla
 from jax_flashmla import _dispatch, _ffi
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md")
+    for path in (
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
+    )
 )
 # Lines of an example that print something and say what: print(...)  # this: because of that
 PRINTS = re.compile(r"^print\(.*\)  # (?P<text>[^:\n]*)", re.MULTILINE)
@@ -92,3 +105,48 @@ def test_commands_are_one_line_each():
     main, tests = (line.split(" && ")[-1] for line in commands)
     assert main == ".venv/bin/python -m jax_flashmla"
     assert tests.split()[0] == ".venv/bin/pytest"
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/deepseek/README.md"])
+def test_the_deepseek_example_runs(page, tmp_path):
+    """As written, but for the checkpoint: a small random one whose words are w0, w1, ..."""
+    tensors = deepseek.make_tensors(deepseek.V2)
+    folder = deepseek.write(tmp_path / "checkpoint", deepseek.V2, tensors)
+    words = {f"w{i}": i for i in range(deepseek.V2["vocab_size"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^python examples/deepseek/generate\.py .*$", text, re.MULTILINE)
+    _, program, checkpoint, *options = shlex.split(line)
+    assert checkpoint == "/checkpoints/DeepSeek-V2-Lite"
+    done = subprocess.run(
+        [sys.executable, program, str(folder), *options],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(Path(jax_flashmla.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr
+    pairs = itertools.pairwise(options)
+    prompts = [value for option, value in pairs if option == "--prompt"]
+    lines = done.stdout.splitlines()
+    assert lines[::2] == [f"--- {prompt}" for prompt in prompts]
+    for prompt, generated in zip(prompts, lines[1::2], strict=True):
+        tokens = [words[word] for word in generated.split()]
+        assert len(tokens) == 64 or tokens[-1] == deepseek.V2["eos_token_id"]
+        length = len(tokenizer.encode(prompt).ids)
+        deepseek.assert_greedy(deepseek.V2, tensors, [0] * length, tokens)
+
+
+def test_extras_that_are_named_exist():
+    """In every command that installs this package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = set()
+    for page in PAGES:
+        for names in re.findall(r"\.\[([\w,]+)\]", (ROOT / page).read_text()):
+            found |= set(names.split(","))
+    assert found <= set(project["optional-dependencies"])
+    assert {"examples", "parity", "docs", "test"} <= found
