@@ -57,7 +57,7 @@ def test_logits_step_by_step(name, tmp_path):
     at = np.array([[PROMPT]], np.int32)
     step = jax.jit(step, donate_argnums=3).lower(params, tokens[at], at, cache, table).compile()
     if IMPLEMENTATION == "cuda":
-        assert "flash_mla_dense_decode" in step.as_text()
+        assert "flashmla_dense_decode" in step.as_text()
     for position in range(PROMPT, TOTAL):
         at = np.array([[position]], np.int32)
         hidden, cache = step(params, tokens[at], at, cache, table)
