@@ -297,14 +297,17 @@ def step_program(stack: Stack, attention: str | None, *, unrolled: bool) -> Any:
 # What XLA made of it
 
 
-def weight_copies(module: str, config: MLAConfig) -> int:
+def weight_copies(module: str, stack: Stack) -> int:
     """Bytes of instructions of a compiled module that write out a matrix of one layer as it is.
+
+    And, divided by the layers, of those that write out one of all layers in whatever order.
 
     In a scan a layer's weights are slices of the stacked ones. Where XLA does not read a slice in
     place, it writes it somewhere first. Of an unrolled program: all layers together.
     """
-    size = np.dtype(config.param_dtype).itemsize
-    shapes = [shape for shape in core.param_shapes(config).values() if len(shape) > 1]
+    size = np.dtype(stack.config.param_dtype).itemsize
+    shapes = [shape for shape in core.param_shapes(stack.config).values() if len(shape) > 1]
+    stacked = [sorted((stack.layers, *shape)) for shape in shapes]
     fused = set(re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", module))
     found, current = 0, ""
     for line in module.splitlines():
@@ -316,6 +319,8 @@ def weight_copies(module: str, config: MLAConfig) -> int:
         dims = tuple(int(n) for n in match[1].split(",") if n != "1")
         if any(_merges(shape, dims) for shape in shapes):
             found += math.prod(dims) * size
+        elif sorted(dims) in stacked:
+            found += math.prod(dims) * size // stack.layers
     return found
 
 
@@ -353,7 +358,7 @@ def check_step(
         "cache_copies": len(memory["copies"]),
         "temp_bytes": memory["temporary_bytes"],
         "cache_bytes": memory["cache_bytes"],
-        "weight_copy_bytes": weight_copies(text, stack.config),
+        "weight_copy_bytes": weight_copies(text, stack),
     }
 
 

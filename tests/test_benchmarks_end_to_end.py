@@ -374,6 +374,7 @@ def test_copies_of_weights_are_found():
         "  %s.1 = f32[1,24,4,24]{3,2,1,0} dynamic-slice(%w, %i)": 24 * 96,
         "  %s.1 = f32[24,96]{1,0} fusion(%w, %i), kind=kLoop, calls=%fused_computation.1": 24 * 96,
         "  %c.1 = f32[64,40]{0,1} copy(%w)": 64 * 40,
+        "  %t.2 = f32[4,32,2,16]{3,2,1,0} fusion(%w), kind=kLoop, calls=%transpose": 32 * 64,
         "  %b.1 = f32[24,4,24]{3,2,1,0} bitcast(%w)": 0,
         "  %x.1 = f32[24,24,4]{2,1,0} fusion(%w), kind=kLoop, calls=%fused_computation.1": 0,
         "  %x.1 = f32[24]{0} fusion(%w), kind=kLoop, calls=%fused_computation.1": 0,
