@@ -108,6 +108,16 @@ def init_params(key: Array, config: MLAConfig) -> dict[str, Array]:
     return {name: init_param(name, k, config) for name, k in zip(names, keys, strict=True)}
 
 
+def _read_weight(op: str, weights: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Array:
+    """A vector, or a matrix [outputs, inputs], of a checkpoint, of this shape."""
+    if name not in weights:
+        raise ValueError(f"{op}: '{name}' is missing from the weights")
+    dims = ("outputs", "inputs") if len(shape) == 2 else ("columns",)
+    value = weights[name]  # once, since a mapping may read it from a file
+    _checks.check_shape(op, name, value, shape, dims)
+    return jnp.asarray(value)
+
+
 def params_from_hf(
     weights: Mapping[str, Any], config: MLAConfig, *, prefix: str = ""
 ) -> dict[str, Array]:
@@ -132,13 +142,8 @@ def params_from_hf(
     heads, nope, value = config.num_heads, config.qk_nope_head_dim, config.v_head_dim
 
     def read(name: str, shape: tuple[int, ...]) -> Array:
-        full = f"{prefix}{name}.weight"
-        if full not in weights:
-            raise ValueError(f"{op}: '{full}' is missing from the weights")
-        dims = ("outputs", "inputs") if len(shape) == 2 else ("columns",)
-        value = weights[full]  # once, since a mapping may read it from a file
-        _checks.check_shape(op, full, value, shape, dims)
-        return jnp.asarray(value).astype(config.param_dtype)
+        value = _read_weight(op, weights, f"{prefix}{name}.weight", shape)
+        return value.astype(config.param_dtype)
 
     def matrix(name: str, shape: tuple[int, ...], outputs: int) -> Array:
         """A weight whose transpose has ``shape``, of which the last axes are the outputs."""
@@ -171,8 +176,7 @@ def _check_config(op: str, config: Any) -> None:
         )
 
 
-def _check_params(op: str, params: Any, config: MLAConfig) -> None:
-    expected = param_shapes(config)
+def _check_params(op: str, params: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
     if not isinstance(params, Mapping) or set(params) != set(expected):
         found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(
@@ -444,7 +448,7 @@ def prefill(
     """
     op = "prefill"
     _check_config(op, config)
-    _check_params(op, params, config)
+    _check_params(op, params, param_shapes(config))
     x = _check_input(op, x, config, ("t",))
     cu_seqlens = _check_cu_seqlens(op, cu_seqlens)
     request_ids, offsets = _unpack(cu_seqlens, x.shape[0])
@@ -608,7 +612,7 @@ def decode(
     """
     op = "decode"
     _check_config(op, config)
-    _check_params(op, params, config)
+    _check_params(op, params, param_shapes(config))
     x = _check_input(op, x, config, ("b", "s"))
     positions = _check_int32(op, "positions", positions, x.shape[:2], ("b", "s"))
     _check_cache(op, cache, config)
@@ -705,7 +709,7 @@ def chunked_prefill(
     """
     op = "chunked_prefill"
     _check_config(op, config)
-    _check_params(op, params, config)
+    _check_params(op, params, param_shapes(config))
     x = _check_input(op, x, config, ("t",))
     cu_seqlens = _check_cu_seqlens(op, cu_seqlens)
     t, b = x.shape[0], cu_seqlens.shape[0] - 1

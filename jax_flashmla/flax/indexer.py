@@ -328,35 +328,10 @@ def params_from_hf(
     params = {}
     for name, shape in param_shapes(config).items():
         theirs = "k_norm.bias" if name == "k_norm_bias" else f"{name}.weight"
-        full = f"{prefix}{theirs}"
-        if full not in weights:
-            raise ValueError(f"{op}: '{full}' is missing from the weights")
-        if len(shape) == 1:
-            _checks.check_shape(op, full, weights[full], shape, ("columns",))
-            value = jnp.asarray(weights[full])
-        else:
-            matrix = (math.prod(shape[1:]), shape[0])
-            _checks.check_shape(op, full, weights[full], matrix, ("outputs", "inputs"))
-            value = jnp.asarray(weights[full]).T.reshape(shape)
+        stored = shape if len(shape) == 1 else (math.prod(shape[1:]), shape[0])
+        value = core._read_weight(op, weights, f"{prefix}{theirs}", stored).T.reshape(shape)
         params[name] = value.astype(_param_dtype(name, config))
     return params
-
-
-def _check_params(op: str, params: Any, config: IndexerConfig) -> None:
-    expected = param_shapes(config)
-    if not isinstance(params, Mapping) or set(params) != set(expected):
-        found = sorted(params) if isinstance(params, Mapping) else type(params).__name__
-        raise ValueError(
-            f"{op}: argument 'params' has {found}; expected a dict of {sorted(expected)}"
-        )
-    for name, shape in expected.items():
-        value = params[name]
-        _checks.check_array(op, f"params[{name!r}]", value, str(shape))
-        if tuple(value.shape) != shape:
-            raise ValueError(
-                f"{op}: argument 'params[{name!r}]' has shape {tuple(value.shape)}; expected "
-                f"{shape}"
-            )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -382,7 +357,7 @@ def query_latent(params: Params, x: Array, config: MLAConfig) -> Array:
     core._check_config(op, config)
     if config.q_lora_rank is None:
         raise ValueError(f"{op}: argument 'config' has q_lora_rank=None; expected a number")
-    core._check_params(op, params, config)
+    core._check_params(op, params, core.param_shapes(config))
     _checks.check_array(op, "x", x, "(..., hidden_size)")
     lead = tuple(f"axis_{i}" for i in range(len(x.shape) - 1))
     latent = core._project(
@@ -573,7 +548,7 @@ def _check_inputs(
     op: str, params: Any, x: Any, q_latent: Any, config: Any, lead: tuple[str, ...]
 ) -> tuple[Array, Array]:
     _check_config(op, config)
-    _check_params(op, params, config)
+    core._check_params(op, params, param_shapes(config))
     x = _check_input(op, "x", x, lead, config.hidden_size, "hidden_size")
     q_latent = _check_input(op, "q_latent", q_latent, lead, config.q_lora_rank, "q_lora_rank")
     dims = (*lead, "q_lora_rank")
