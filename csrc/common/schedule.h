@@ -30,9 +30,8 @@ constexpr int kWholeRequestSlack = 8;
 // chosen among this many, which are all that can be between an even share of the blocks alone and
 // that.
 constexpr int kEvenSizes = 1 + kOverheadBlocks;
-// Such a piece is so large that the request of average size which is cut into such pieces has at
-// most this many of them for each of their blocks: merging a piece takes about so much less than a
-// block.
+// Their least size is the largest of which the average request has this many times as many pieces
+// as a piece has blocks: a block takes about as long as merging so many pieces.
 constexpr int kPiecesPerBlock = 12;
 // Even pieces are planned for at most so many parts.
 constexpr int kMaxEvenParts = 1024;

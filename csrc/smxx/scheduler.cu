@@ -3,10 +3,12 @@
 //
 // One CTA. The weights of the requests are summed up once; then each part finds by binary search
 // the request whose weights hold its position, part * payload. So the time does not depend on how
-// the parts are spread over the requests. Two forms, chosen by shapes only:
+// the parts are spread over the requests. Parts of even pieces are found in the same way, by the
+// numbers of pieces. Two forms, chosen by shapes only:
 //
-// - Up to 1024 requests and parts: a thread for each request and each part, all in registers and
-//   shared memory. This is latency, so scans take one barrier and divisions are kept few.
+// - Up to 1024 requests and parts, where even pieces may be planned: a thread for each request and
+//   each part, all in registers and shared memory. This is latency, so scans take one barrier and
+//   divisions are kept few.
 // - Else the requests are grouped into at most 1024 segments. Only sums over segments are kept; the
 //   segments that parts begin in are read a second time, as is all of a batch-invariant batch.
 #include <algorithm>
