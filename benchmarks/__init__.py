@@ -1,7 +1,8 @@
 """Benchmarks of the CUDA kernels: ``python -m benchmarks``, from a checkout, on a GPU.
 
-``measure``, ``inside_jax`` and ``end_to_end`` time, ``sections`` says what a run consists of,
-``report`` and ``plots`` show results, ``targets`` judges them. Cases are those of tests/cases.py.
+``measure``, ``inside_jax``, ``end_to_end``, ``sparse`` and ``cache_ops`` time, ``sections`` and
+``sparse`` say what a run consists of, ``report`` and ``plots`` show results, ``targets`` judges
+them. Cases are those of tests/cases.py and tests/sparse_cases.py.
 """
 
 import sys

@@ -1,8 +1,10 @@
-"""Benchmarks of dense decode: ``python -m benchmarks --out benchmarks/results/NAME``.
+"""Benchmarks of decode: ``python -m benchmarks --out benchmarks/results/NAME``.
 
-Without a section only the rows beside the peer are measured. Writes NAME.json (a key for each
-section), NAME.csv (the rows) and NAME_end_to_end.csv (those of --end-to-end), again after every
-section, and prints tables while it runs. A case that fails is reported, and the others go on; the
+Without a section only the rows of dense decode beside the peer are measured. Writes NAME.json (a
+key for each section), NAME.csv (the rows) and NAME_end_to_end.csv (those of --end-to-end), again
+after every section, and prints tables while it runs. ``--sparse`` measures sparse decode, FP8
+caches and what ``--cache`` does: NAME.csv then holds the rows of sparse decode beside the peer,
+NAME_fp8_dense.csv dense decode over FP8. A case that fails is reported, and the others go on; the
 exit status is then 1.
 """
 
@@ -16,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure, plots, report, sections, targets
+from benchmarks import measure, plots, report, sections, sparse, targets
 from jax_flashmla import _ffi
 
 _SECTION_HELP = {
@@ -27,6 +29,7 @@ _SECTION_HELP = {
     "batch_invariant": "every case of the peer with batch_invariant=True",
     "metadata": "the scheduler of get_mla_metadata",
     "end_to_end": "steps of DeepSeek V3's 61 layers of attention; needs 100 GB of GPU memory",
+    "cache": "tokens written to and read from caches of each format",
 }
 
 
@@ -40,7 +43,7 @@ def _at_least_1(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Times dense decode on the GPU at hand, or shows what was measured before.",
+        description="Times decode on the GPU at hand, or shows what was measured before.",
     )
     parser.add_argument("--out", type=Path, help="path of the results, without .json and .csv")
     parser.add_argument("--filter", default="", help="only cases whose name contains this")
@@ -49,7 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     chosen = parser.add_argument_group("sections, to measure")
     for name, text in _SECTION_HELP.items():
         chosen.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
-    chosen.add_argument("--all", action="store_true", help="all of them")
+    chosen.add_argument("--all", action="store_true", help="all of these")
+    chosen.add_argument(
+        "--sparse",
+        action="store_true",
+        help="sparse decode beside the peer and XLA, dense decode over an FP8 cache, and --cache",
+    )
     chosen.add_argument(
         "--scan",
         action="store_true",
@@ -66,10 +74,37 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _chosen_sections(options: argparse.Namespace) -> list[str]:
-    chosen = [name for name in sections.NAMES if options.all or getattr(options, name)]
+    chosen = [name for name in _SECTION_HELP if options.all or getattr(options, name)]
+    if options.sparse and not chosen:
+        return list(sparse.NAMES)
     if not chosen or options.targets:
-        chosen = [name for name in sections.NAMES if name in {"rows", *chosen}]
-    return chosen
+        chosen = [name for name in _SECTION_HELP if name in {"rows", *chosen}]
+    return list(dict.fromkeys(chosen + list(sparse.NAMES if options.sparse else ())))
+
+
+def _items(name: str, options: argparse.Namespace) -> list[Any]:
+    if name in sparse.NAMES:
+        return sparse.items(name)
+    return sections.items(name, unrolled=not options.scan)
+
+
+def _timers(
+    work: dict[str, list[Any]], limits: dict[str, float], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What times the rows of each section: one timer for those of sparse.py, one for all others."""
+    settings = {"launches": options.launches, "replays": options.replays}
+    timers = {}
+    dense = [item for name, items in work.items() if name not in sparse.NAMES for item in items]
+    if dense:
+        used = [item.case for item in dense if item.case is not None]
+        pages = max((int(measure.pages_of(case).sum()) for case in used), default=1)
+        timer = measure.Timer(measure.random_pool(pages), limits, **settings)
+        timers |= {name: timer for name in work if name not in sparse.NAMES}
+    others = [item for name, items in work.items() if name in sparse.NAMES for item in items]
+    if others:
+        timer = sparse.Timer(limits, slots=sparse.slots_of(others), **settings)
+        timers |= {name: timer for name in work if name in sparse.NAMES}
+    return timers
 
 
 def _load(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
@@ -81,7 +116,7 @@ def _load(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
 
 def _show(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     """Prints and draws results of earlier runs."""
-    measures = [name for name in ("all", *sections.NAMES) if getattr(options, name)]
+    measures = [name for name in ("all", "sparse", *_SECTION_HELP) if getattr(options, name)]
     measures += [name for name in ("out", "filter") if getattr(options, name)]
     if measures:
         flag = measures[0].replace("_", "-")
@@ -134,7 +169,7 @@ class Run:
         print(report.ceilings_line(self.result["ceilings"]), flush=True)
         return self.result["ceilings"]
 
-    def section(self, name: str, items: list[sections.Item], timer: measure.Timer) -> None:
+    def section(self, name: str, items: list[Any], timer: Any) -> None:
         """Measures a section row by row."""
         table = report.TABLES[name]
         print(f"\n{table.title}\n{table.header()}", flush=True)
@@ -149,7 +184,7 @@ class Run:
             rows.append(row)
             print(table.line(row), flush=True)
         self.result.setdefault("seconds", {})[name] = round(time.perf_counter() - start, 1)
-        if name == "rows":
+        if name == "rows" or (name == "sparse" and not self.result.get("rows")):
             self.result["geometric_mean_peer_over_ours"] = report.mean_over_peer(rows)
         summary = report.summary_line(name, rows)
         if summary:
@@ -169,11 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     if not _ffi.cuda_built():
         parser.error("this build of jax_flashmla has no CUDA kernels")
     work = {
-        name: [
-            item
-            for item in sections.items(name, unrolled=not options.scan)
-            if options.filter in item.name
-        ]
+        name: [item for item in _items(name, options) if options.filter in item.name]
         for name in _chosen_sections(options)
     }
     work = {name: items for name, items in work.items() if items}
@@ -182,14 +213,10 @@ def main(argv: list[str] | None = None) -> int:
 
     run = Run(options, shlex.join(["python", "-m", "benchmarks", *argv]))
     limits = run.ceilings()
-    used = [item.case for items in work.values() for item in items if item.case is not None]
-    pages = max((int(measure.pages_of(case).sum()) for case in used), default=1)
-    timer = measure.Timer(
-        measure.random_pool(pages), limits, launches=options.launches, replays=options.replays
-    )
+    timers = _timers(work, limits, options)
     for name, items in work.items():
-        run.section(name, items, timer)
-    if options.targets:
+        run.section(name, items, timers[name])
+    if options.targets or options.sparse:
         print("\n" + targets.full_text(run.result))
     if run.errors:
         print(f"\n{len(run.errors)} failed", file=sys.stderr)

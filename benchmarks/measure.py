@@ -105,15 +105,19 @@ def random_pool(pages: int) -> jax.Array:
 
 
 def arrays_of(case: DenseCase, pool: jax.Array) -> dict[str, jax.Array]:
-    """Array arguments of ``flash_mla_with_kvcache``; pages lie scattered over the pool."""
+    """Array arguments of ``flash_mla_with_kvcache``; pages lie scattered over the pool.
+
+    Over a pool of FP8 bytes queries are bfloat16.
+    """
     rng = np.random.default_rng(0)
     used = pages_of(case)
     table = np.full((case.b, max(int(used.max()), 1)), cases.GARBAGE, np.int32)
     pages = rng.permutation(len(pool))[: used.sum()]
     table[np.arange(table.shape[1]) < used[:, None]] = pages
-    q = rng.standard_normal((case.b, case.s_q, case.h_q, pool.shape[-1]), np.float32) / 10
+    q = rng.standard_normal((case.b, case.s_q, case.h_q, case.d), np.float32) / 10
+    dtype = jnp.bfloat16 if pool.dtype == jnp.uint8 else pool.dtype
     return {
-        "q": jnp.asarray(q, pool.dtype),
+        "q": jnp.asarray(q, dtype),
         "k_cache": pool,
         "block_table": jnp.asarray(table),
         "cache_seqlens": jnp.asarray(case.cache_seqlens()),

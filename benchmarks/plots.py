@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import sections, targets
+from benchmarks import sections, sparse, targets
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -241,6 +241,43 @@ def small_batches(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def _sparse_label(row: Row) -> str:
+    kind = {"fp8_v32": "V3.2", "fp8_v4": "V4", "plain": "bf16"}[row["cache_format"]]
+    extra = f" + {row['extra_topk']}" if row["extra_topk"] else ""
+    queries = f", {row['s_q']} queries" if row["s_q"] > 1 else ""
+    return f"{kind}: {row['b']} × {row['topk']}{extra}, {row['h_q']} heads{queries}"
+
+
+def sparse_compute(result: dict[str, Any]) -> Figure:
+    """TFLOP/s of every row of sparse decode beside the peer's."""
+    rows = [r for r in result.get("sparse") or () if r.get("peer_us")][::-1]
+    figure = _new_figure(7.5, 1.6 + 0.42 * len(rows))
+    axes = figure.subplots()
+    height = 0.38
+    rates = {
+        OURS: [row["tflop_per_s"] for row in rows],
+        PEER: [row["tflop_per_s"] * row["us"] / row["peer_us"] for row in rows],
+    }
+    for who, offset in ((OURS, height / 2), (PEER, -height / 2)):
+        places = [i + offset for i in range(len(rows))]
+        axes.barh(places, rates[who], height=height, color=_STYLES[who]["color"], label=who)
+    for i, row in enumerate(rows):
+        right = max(rates[OURS][i], rates[PEER][i])
+        axes.text(right, i, f"  {row['peer_us'] / row['us']:.2f} ×", va="center", fontsize=8)
+    ceiling = (result.get("ceilings") or {}).get(_COMPUTE.ceiling)
+    if ceiling:
+        axes.axvline(ceiling, label=_COMPUTE.ceiling_label, **_CEILING_STYLE)
+    axes.set_yticks(range(len(rows)), labels=[_sparse_label(row) for row in rows], fontsize=9)
+    axes.set_ylim(-0.6, max(len(rows), 1) - 0.4)
+    axes.set_xlabel(f"TFLOP/s; beside the bars µs of {PEER} / {OURS}")
+    axes.margins(x=0.12)
+    _tidy(axes)
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    axes.set_title(f"Sparse decode: requests × chosen tokens ({_gpu(result)})", fontsize=11)
+    return figure
+
+
 #: File names, and what is drawn in each.
 PLOTS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "dense_decode_bandwidth.png": bandwidth,
@@ -249,9 +286,19 @@ PLOTS: dict[str, Callable[[dict[str, Any]], Figure]] = {
 }
 
 
+SPARSE_PLOTS: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "sparse_decode_compute.png": sparse_compute,
+}
+
+
 def save(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws all plots into a folder. ImportError without matplotlib."""
-    figures = {name: draw(result) for name, draw in PLOTS.items()}
+    """Draws the plots of what a result is about into a folder. ImportError without matplotlib."""
+    is_sparse = any(result.get(name) for name in sparse.NAMES)
+    is_dense = any(result.get(name) for name in sections.NAMES)
+    chosen = PLOTS if is_dense or not is_sparse else {}
+    figures = {name: draw(result) for name, draw in chosen.items()}
+    if result.get("sparse"):
+        figures |= {name: draw(result) for name, draw in SPARSE_PLOTS.items()}
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):

@@ -84,6 +84,11 @@ _DECODE = (
     _number("peer_us", "peer us", 9, ".1f"),
     _number("peer_over_ours", "peer/ours", 9, ".2f"),
 )
+_SPARSE = (
+    *_DECODE,
+    _number("invariant_us", "invariant", 9, ".1f"),
+    _number("invariant_over_ordinary", "ratio", 6, ".2f"),
+)
 
 TABLES = {
     "rows": Table("Dense decode; fractions of the ceilings, * of the one that bounds it", _DECODE),
@@ -123,6 +128,37 @@ TABLES = {
             _number("batch_invariant_us", "invariant", 9, ".1f"),
             _number("peer_us", "peer", 9, ".1f"),
         ),
+    ),
+    "sparse": Table(
+        "Sparse decode beside the peer; fractions of the ceilings, * of the one that bounds it",
+        _SPARSE,
+    ),
+    "sparse_more": Table("Sparse decode, further cases", _SPARSE),
+    "fp8_dense": Table(
+        "Dense decode over an FP8 V3.2 cache, and in us over a bfloat16 one",
+        (
+            _NAME,
+            _US,
+            *_RATES,
+            _fraction("read"),
+            _fraction("matmul"),
+            _number("plain_us", "bf16", 9, ".1f"),
+            _number("over_plain", "FP8/bf16", 9, ".2f"),
+        ),
+    ),
+    "cache": Table(
+        "Tokens written to caches and read from them; over copy: time over the bytes at 4.3 TB/s",
+        (
+            _NAME,
+            _number("bytes", "MB", 8, ".2f", 1e-6),
+            _US,
+            _RATES[0],
+            _number("over_copy", "over copy", 10, ".2f"),
+        ),
+    ),
+    "sparse_xla": Table(
+        "Sparse decode with implementation='xla'",
+        (_NAME, _US, *_RATES, _RAW, _number("over_raw", "xla/raw", 9, ".1f")),
     ),
     "end_to_end": Table(
         "A step of DeepSeek V3's attention layers, in ms; bound: what the ceilings allow",
@@ -166,7 +202,7 @@ def ceilings_line(limits: dict[str, float]) -> str:
 
 def summary_line(section: str, rows: list[Row]) -> str | None:
     """What to say below the rows of a section."""
-    if section == "rows":
+    if section in ("rows", "sparse"):
         count = sum(1 for row in rows if row.get("peer_over_ours"))
         mean = mean_over_peer(rows)
         return mean and f"geometric mean of peer/ours over {count} cases: {mean:.3f}"
@@ -217,11 +253,14 @@ def full_text(result: Result) -> str:
 def save(out: Path, result: Result) -> None:
     """Writes OUT.json, and OUT.csv with the rows beside the peer if there are any.
 
-    Those of end to end go to OUT_end_to_end.csv.
+    Other sections have files of their own: OUT_end_to_end.csv, OUT_sparse.csv (OUT.csv if there are
+    no rows of dense decode) and OUT_fp8_dense.csv.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    for section, suffix in (("rows", ""), ("end_to_end", "_end_to_end")):
+    suffixes = {"rows": "", "end_to_end": "_end_to_end", "fp8_dense": "_fp8_dense"}
+    suffixes["sparse"] = "_sparse" if result.get("rows") else ""
+    for section, suffix in suffixes.items():
         rows = result.get(section)
         if not rows:
             continue

@@ -1,4 +1,4 @@
-"""The targets of dense decode on an H200, and whether a result meets them."""
+"""The targets of decode on an H200, and whether a result meets them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import cases
+import sparse_cases
 
-from benchmarks import measure, report
+from benchmarks import cache_ops, measure, report, sections, sparse
 
 Row = dict[str, Any]
 K = 1024
@@ -40,22 +41,29 @@ class Judged:
 
     def __str__(self) -> str:
         sign = "<=" if self.at_most else ">="
-        number = {"%": "{:.1%}", "us": "{:.2f} us", "x": "{:.3f}x"}[self.unit]
+        forms = {"%": "{:.1%}", "us": "{:.2f} us", "x": "{:.3f}x", "TFLOP/s": "{:.0f} TFLOP/s"}
+        number = forms[self.unit]
         return f"{self.name} {number.format(self.value)} ({sign} {number.format(self.bound)})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One target with every row that it is about; ``expected``: how many rows there should be."""
+    """One target with every row that it is about; ``expected``: how many rows there should be.
+
+    ``built``: whether there is anything to measure.
+    """
 
     key: str
     text: str
     judged: tuple[Judged, ...]
     expected: int
+    built: bool = True
 
     @property
     def verdict(self) -> str:
-        """ "met", "missed" or "not measured"."""
+        """ "met", "missed", "not measured" or "not built"."""
+        if not self.built:
+            return "not built"
         if not self.judged:
             return "not measured"
         return "met" if all(j.met for j in self.judged) else "missed"
@@ -251,14 +259,151 @@ def _batch_invariant(rows: Iterable[Row]) -> Target:
     return Target("g", "batch_invariant at most 1.3x slower", judged, len(_expected_rows()))
 
 
-def targets_of(result: dict[str, Any]) -> list[Target]:
-    """Every target, judged by a result."""
+def dense_targets(result: dict[str, Any]) -> list[Target]:
+    """Every target of dense decode, judged by a result."""
     return [
         *_of_rows(result.get("rows") or []),
         _metadata(result.get("metadata") or []),
         _inside_jax(result.get("inside_jax") or []),
         _batch_invariant(result.get("batch_invariant") or []),
     ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Sparse decode, FP8 caches
+
+
+def _large(row: Row) -> bool:
+    return row["b"] >= 64
+
+
+def _at_least(key: str, bound: float, unit: str) -> Callable[[Row], Judged | None]:
+    """``key`` of a row, where it is known, is to be at least ``bound``."""
+
+    def judge(row: Row) -> Judged | None:
+        value = row.get(key)
+        return None if value is None else Judged(row["name"], value, bound, unit)
+
+    return judge
+
+
+def _at_most(key: str, bound: float, unit: str) -> Callable[[Row], Judged | None]:
+    def judge(row: Row) -> Judged | None:
+        value = row.get(key)
+        return None if value is None else Judged(row["name"], value, bound, unit, at_most=True)
+
+    return judge
+
+
+def cache_targets(result: dict[str, Any]) -> list[Target]:
+    """Every target of writing and reading caches, judged by a result."""
+
+    judged = tuple(
+        Judged(row["name"], row["over_copy"], 1.5, "x", at_most=True)
+        for row in result.get("cache") or []
+        if row["op"] != "gather" and row["bytes"] > 100e6
+    )
+    expected = sum(case.op != "gather" and case.bytes() > 100e6 for case in cache_ops.cases())
+    text = "append of over 100 MB: within 1.5x of its bytes at 4.3 TB/s"
+    return [Target("w", text, judged, expected)]
+
+
+def sparse_targets(result: dict[str, Any]) -> list[Target]:
+    """Every target of sparse decode and of dense decode over FP8 caches, judged by a result."""
+    rows, fp8 = result.get("sparse") or [], result.get("fp8_dense") or []
+    every_row = rows + (result.get("sparse_more") or [])
+    peers = [dataclasses.asdict(case) for case in sparse_cases.peer_rows()]
+    everything = peers + [dataclasses.asdict(case) for case in sparse_cases.more_rows()]
+    dense = [measure.sizes(case) for case in sparse_cases.fp8_dense_rows()]
+
+    def target(
+        key: str,
+        text: str,
+        measured: list[Row],
+        wanted: list[Row],
+        judge: Callable[[Row], Judged | None],
+        chosen: Callable[[Row], bool] = lambda row: True,
+    ) -> Target:
+        found = tuple(j for j in map(judge, filter(chosen, measured)) if j is not None)
+        return Target(key, text, found, sum(map(chosen, wanted)))
+
+    def peer(at_least: float) -> Callable[[Row], Judged | None]:
+        return lambda row: _peer_ratio(row, at_least)
+
+    def heads(h_q: int) -> Callable[[Row], bool]:
+        return lambda row: row["h_q"] == h_q and _large(row)
+
+    def large_v32(row: Row) -> bool:
+        return _at(cache_format="fp8_v32", b=128, h_q=128, s_q=1)(row)
+
+    def few_rows(row: Row) -> bool:
+        return row["h_q"] * row["s_q"] <= 32
+
+    return [
+        target("s1", "sparse: no row slower than the peer", rows, peers, peer(1.0)),
+        target("s2", "h_q 128, b >= 64: 1.25x the peer", rows, peers, peer(1.25), heads(128)),
+        target("s3", "h_q 64, b >= 64: 1.4x the peer", rows, peers, peer(1.4), heads(64)),
+        target("s4", "b 2: 1.5x the peer", rows, peers, peer(1.5), _at(b=2)),
+        target(
+            "s5",
+            "aim: 550 TFLOP/s, V3.2, b 128, h_q 128",
+            rows,
+            peers,
+            _at_least("tflop_per_s", 550, "TFLOP/s"),
+            large_v32,
+        ),
+        target(
+            "s6",
+            "aim: 450 TFLOP/s, h_q 64, b >= 64",
+            rows,
+            peers,
+            _at_least("tflop_per_s", 450, "TFLOP/s"),
+            heads(64),
+        ),
+        target(
+            "s7",
+            "batch_invariant at most 1.3x slower",
+            every_row,
+            everything,
+            _at_most("invariant_over_ordinary", 1.3, "x"),
+        ),
+        target(
+            "f1",
+            "FP8 dense, h_q*s_q <= 32: 90% of the read ceiling",
+            fp8,
+            dense,
+            _at_least("of_read_ceiling", 0.9, "%"),
+            few_rows,
+        ),
+        target(
+            "f2",
+            "FP8 dense, compute-bound: within 10% of bfloat16",
+            fp8,
+            dense,
+            _at_most("over_plain", 1.1, "x"),
+            lambda row: not few_rows(row),
+        ),
+        Target(
+            "f3",
+            "FP8 dense with FP8 products, h_q 128, b >= 64: 1.4x bfloat16; not implemented",
+            (),
+            0,
+            built=False,
+        ),
+    ]
+
+
+def targets_of(result: dict[str, Any]) -> list[Target]:
+    """The targets of what a result is about: dense decode, sparse decode, caches, or several."""
+    chosen = []
+    if any(result.get(name) for name in sections.NAMES):
+        chosen += dense_targets(result)
+    is_sparse = any(result.get(name) for name in sparse.NAMES if name != "cache")
+    if is_sparse:
+        chosen += sparse_targets(result)
+    if is_sparse or result.get("cache"):
+        chosen += cache_targets(result)
+    return chosen or dense_targets(result)
 
 
 def full_text(result: dict[str, Any]) -> str:

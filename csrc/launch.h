@@ -16,14 +16,23 @@ struct Status {
   bool ok() const { return error == cudaSuccess; }
 };
 
-// Attention of a few query tokens over a paged latent cache, and the merge of split requests.
+// Attention of a few query tokens over a paged latent cache; split requests are left in pieces.
 Status launch_dense_decode_sm90(const DenseDecodeParams& params, cudaStream_t stream);
 
+// The same over tokens that are chosen for each query token, from one cache or two.
+Status launch_sparse_decode_sm90(const SparseDecodeParams& params, cudaStream_t stream);
+
 // Merges the pieces of split requests; nothing to do for requests in one piece.
-Status launch_combine(const DenseDecodeParams& params, cudaStream_t stream);
+Status launch_combine(const DecodeParams& params, cudaStream_t stream);
 
 // Plans which part of the work each row of the grid takes.
 Status launch_schedule(const ScheduleParams& params, cudaStream_t stream);
+
+// Writes tokens to their slots of a paged cache, normalised, rotated and quantised as asked.
+Status launch_cache_append(const CacheAppendParams& params, cudaStream_t stream);
+
+// Reads slots of a paged cache, dequantised.
+Status launch_cache_gather(const CacheGatherParams& params, cudaStream_t stream);
 
 }  // namespace flashmla
 

@@ -17,8 +17,12 @@ namespace nb = nanobind;
 
 namespace {
 
+using flashmla::CacheAppendParams;
+using flashmla::CacheGatherParams;
+using flashmla::DecodeParams;
 using flashmla::DenseDecodeParams;
 using flashmla::ScheduleParams;
+using flashmla::SparseDecodeParams;
 using flashmla::Status;
 
 void throw_if_error(const Status& status) {
@@ -34,8 +38,21 @@ Status launch(const DenseDecodeParams& p, cudaStream_t stream) {
   return flashmla::launch_combine(p, stream);
 }
 
+Status launch(const SparseDecodeParams& p, cudaStream_t stream) {
+  if (Status status = flashmla::launch_sparse_decode_sm90(p, stream); !status.ok()) return status;
+  return flashmla::launch_combine(p, stream);
+}
+
 Status launch(const ScheduleParams& p, cudaStream_t stream) {
   return flashmla::launch_schedule(p, stream);
+}
+
+Status launch(const CacheAppendParams& p, cudaStream_t stream) {
+  return flashmla::launch_cache_append(p, stream);
+}
+
+Status launch(const CacheGatherParams& p, cudaStream_t stream) {
+  return flashmla::launch_cache_gather(p, stream);
 }
 
 class Stream {
@@ -101,47 +118,141 @@ void bind_pointer(Class& c, const char* name, Pointer Params::* member) {
       [member](Params& p, uintptr_t address) { p.*member = reinterpret_cast<Pointer>(address); });
 }
 
+// The format of the caches as an integer attribute.
+template <typename Class, typename Params>
+void bind_cache_format(Class& c, flashmla::CacheFormat Params::* member) {
+  c.def_prop_rw(
+      "cache_format", [member](const Params& p) { return static_cast<int>(p.*member); },
+      [member](Params& p, int format) { p.*member = static_cast<flashmla::CacheFormat>(format); });
+}
+
+// An enumeration as an integer attribute.
+template <typename Class, typename Params, typename Enum>
+void bind_enum(Class& c, const char* name, Enum Params::* member) {
+  c.def_prop_rw(
+      name, [member](const Params& p) { return static_cast<int>(p.*member); },
+      [member](Params& p, int value) { p.*member = static_cast<Enum>(value); });
+}
+
+void bind_cache(nb::module_& raw) {
+  nb::class_<CacheAppendParams> append(raw, "CacheAppendParams");
+  append.def("__init__", [](CacheAppendParams* p) { new (p) CacheAppendParams{}; })
+      .def_rw("num_pages", &CacheAppendParams::num_pages)
+      .def_rw("page_size", &CacheAppendParams::page_size)
+      .def_rw("page_bytes", &CacheAppendParams::page_bytes)
+      .def_rw("heads", &CacheAppendParams::heads)
+      .def_rw("latent", &CacheAppendParams::latent)
+      .def_rw("rope", &CacheAppendParams::rope)
+      .def_rw("power_of_two_scales", &CacheAppendParams::power_of_two_scales)
+      .def_rw("tokens", &CacheAppendParams::tokens)
+      .def_rw("norm_eps", &CacheAppendParams::norm_eps)
+      .def_rw("kv_c_stride", &CacheAppendParams::kv_c_stride)
+      .def_rw("k_pe_stride", &CacheAppendParams::k_pe_stride);
+  bind_enum(append, "format", &CacheAppendParams::format);
+  bind_enum(append, "dtype", &CacheAppendParams::dtype);
+  bind_enum(append, "kv_c_dtype", &CacheAppendParams::kv_c_dtype);
+  bind_enum(append, "k_pe_dtype", &CacheAppendParams::k_pe_dtype);
+  bind_enum(append, "norm_dtype", &CacheAppendParams::norm_dtype);
+  bind_enum(append, "rope_layout", &CacheAppendParams::rope_layout);
+  bind_pointer(append, "kv_c", &CacheAppendParams::kv_c);
+  bind_pointer(append, "k_pe", &CacheAppendParams::k_pe);
+  bind_pointer(append, "norm_weight", &CacheAppendParams::norm_weight);
+  bind_pointer(append, "rope_cos", &CacheAppendParams::rope_cos);
+  bind_pointer(append, "rope_sin", &CacheAppendParams::rope_sin);
+  bind_pointer(append, "slots", &CacheAppendParams::slots);
+  bind_pointer(append, "cache", &CacheAppendParams::cache);
+
+  nb::class_<CacheGatherParams> gather(raw, "CacheGatherParams");
+  gather.def("__init__", [](CacheGatherParams* p) { new (p) CacheGatherParams{}; })
+      .def_rw("num_pages", &CacheGatherParams::num_pages)
+      .def_rw("page_size", &CacheGatherParams::page_size)
+      .def_rw("page_bytes", &CacheGatherParams::page_bytes)
+      .def_rw("columns", &CacheGatherParams::columns)
+      .def_rw("tokens", &CacheGatherParams::tokens);
+  bind_enum(gather, "format", &CacheGatherParams::format);
+  bind_enum(gather, "dtype", &CacheGatherParams::dtype);
+  bind_enum(gather, "out_dtype", &CacheGatherParams::out_dtype);
+  bind_pointer(gather, "cache", &CacheGatherParams::cache);
+  bind_pointer(gather, "slots", &CacheGatherParams::slots);
+  bind_pointer(gather, "out", &CacheGatherParams::out);
+
+  raw.def("run", &run<CacheAppendParams>, nb::arg("params"));
+  raw.def("run", &run<CacheGatherParams>, nb::arg("params"));
+  raw.def("time", &time<CacheAppendParams>, nb::arg("params"), nb::arg("launches") = 20,
+          nb::arg("replays") = 5);
+  raw.def("time", &time<CacheGatherParams>, nb::arg("params"), nb::arg("launches") = 20,
+          nb::arg("replays") = 5);
+}
+
+int checked_run(int i) {
+  if (i < 0 || i >= flashmla::kMaxRuns) throw std::out_of_range("runs and sources are 0 and 1");
+  return i;
+}
+
 }  // namespace
 
 void bind_raw(nb::module_& m) {
   nb::module_ raw =
       m.def_submodule("raw", "Launchers on raw device addresses; nothing is checked.");
 
-  nb::class_<DenseDecodeParams> dense(raw, "DenseDecodeParams");
+  nb::class_<DecodeParams> decode(raw, "DecodeParams");
+  decode.def_rw("batch", &DecodeParams::batch)
+      .def_rw("seq_q", &DecodeParams::seq_q)
+      .def_rw("heads_q", &DecodeParams::heads_q)
+      .def_rw("heads_kv", &DecodeParams::heads_kv)
+      .def_rw("head_dim", &DecodeParams::head_dim)
+      .def_rw("head_dim_v", &DecodeParams::head_dim_v)
+      .def_rw("num_parts", &DecodeParams::num_parts)
+      .def_rw("softmax_scale", &DecodeParams::softmax_scale)
+      .def_rw("batch_invariant", &DecodeParams::batch_invariant)
+      .def_rw("sink_per_request", &DecodeParams::sink_per_request)
+      .def_rw("longer_is_nan", &DecodeParams::longer_is_nan)
+      .def_rw("num_slots", &DecodeParams::num_slots)
+      .def_rw("slots_per_request", &DecodeParams::slots_per_request)
+      .def_prop_rw(
+          "is_fp16", [](const DecodeParams& p) { return p.dtype == flashmla::DataType::kFloat16; },
+          [](DecodeParams& p, bool fp16) {
+            p.dtype = fp16 ? flashmla::DataType::kFloat16 : flashmla::DataType::kBFloat16;
+          })
+      .def(
+          "set_run",
+          [](DecodeParams& p, int i, uintptr_t lengths, int64_t most) {
+            p.runs[checked_run(i)] = {reinterpret_cast<const int32_t*>(lengths), most};
+          },
+          nb::arg("i"), nb::arg("lengths"), nb::arg("most"),
+          "Address of the lengths of run i (0: all are `most`), and the largest one there can be.");
+  bind_pointer(decode, "q", &DecodeParams::q);
+  bind_pointer(decode, "schedule", &DecodeParams::schedule);
+  bind_pointer(decode, "attn_sink", &DecodeParams::attn_sink);
+  bind_pointer(decode, "out", &DecodeParams::out);
+  bind_pointer(decode, "lse", &DecodeParams::lse);
+  bind_pointer(decode, "partial_out", &DecodeParams::partial_out);
+  bind_pointer(decode, "partial_lse", &DecodeParams::partial_lse);
+  bind_pointer(decode, "schedule_is_broken", &DecodeParams::schedule_is_broken);
+
+  nb::class_<DenseDecodeParams, DecodeParams> dense(raw, "DenseDecodeParams");
   dense.def("__init__", [](DenseDecodeParams* p) { new (p) DenseDecodeParams{}; })
-      .def_rw("batch", &DenseDecodeParams::batch)
-      .def_rw("seq_q", &DenseDecodeParams::seq_q)
-      .def_rw("heads_q", &DenseDecodeParams::heads_q)
-      .def_rw("heads_kv", &DenseDecodeParams::heads_kv)
-      .def_rw("head_dim", &DenseDecodeParams::head_dim)
-      .def_rw("head_dim_v", &DenseDecodeParams::head_dim_v)
       .def_rw("num_pages", &DenseDecodeParams::num_pages)
       .def_rw("page_size", &DenseDecodeParams::page_size)
       .def_rw("table_width", &DenseDecodeParams::table_width)
-      .def_rw("num_parts", &DenseDecodeParams::num_parts)
-      .def_rw("softmax_scale", &DenseDecodeParams::softmax_scale)
-      .def_rw("causal", &DenseDecodeParams::causal)
-      .def_rw("batch_invariant", &DenseDecodeParams::batch_invariant)
-      .def_rw("sink_per_request", &DenseDecodeParams::sink_per_request)
-      .def_rw("num_slots", &DenseDecodeParams::num_slots)
-      .def_rw("slots_per_request", &DenseDecodeParams::slots_per_request)
-      .def_prop_rw(
-          "is_fp16",
-          [](const DenseDecodeParams& p) { return p.dtype == flashmla::DataType::kFloat16; },
-          [](DenseDecodeParams& p, bool fp16) {
-            p.dtype = fp16 ? flashmla::DataType::kFloat16 : flashmla::DataType::kBFloat16;
-          });
-  bind_pointer(dense, "q", &DenseDecodeParams::q);
+      .def_rw("causal", &DenseDecodeParams::causal);
+  bind_cache_format(dense, &DenseDecodeParams::format);
   bind_pointer(dense, "k_cache", &DenseDecodeParams::k_cache);
   bind_pointer(dense, "block_table", &DenseDecodeParams::block_table);
-  bind_pointer(dense, "cache_seqlens", &DenseDecodeParams::cache_seqlens);
-  bind_pointer(dense, "schedule", &DenseDecodeParams::schedule);
-  bind_pointer(dense, "attn_sink", &DenseDecodeParams::attn_sink);
-  bind_pointer(dense, "out", &DenseDecodeParams::out);
-  bind_pointer(dense, "lse", &DenseDecodeParams::lse);
-  bind_pointer(dense, "partial_out", &DenseDecodeParams::partial_out);
-  bind_pointer(dense, "partial_lse", &DenseDecodeParams::partial_lse);
-  bind_pointer(dense, "schedule_is_broken", &DenseDecodeParams::schedule_is_broken);
+
+  nb::class_<SparseDecodeParams, DecodeParams> sparse(raw, "SparseDecodeParams");
+  sparse.def("__init__", [](SparseDecodeParams* p) { new (p) SparseDecodeParams{}; })
+      .def(
+          "set_source",
+          [](SparseDecodeParams& p, int i, uintptr_t cache, uintptr_t indices, int num_pages,
+             int page_size, int topk) {
+            p.sources[checked_run(i)] = {reinterpret_cast<const void*>(cache),
+                                         reinterpret_cast<const int32_t*>(indices), num_pages,
+                                         page_size, topk};
+          },
+          nb::arg("i"), nb::arg("cache"), nb::arg("indices"), nb::arg("num_pages"),
+          nb::arg("page_size"), nb::arg("topk"), "Cache i and the indices into it, by address.");
+  bind_cache_format(sparse, &SparseDecodeParams::format);
 
   nb::class_<ScheduleParams> schedule(raw, "ScheduleParams");
   schedule.def("__init__", [](ScheduleParams* p) { new (p) ScheduleParams{}; })
@@ -160,10 +271,14 @@ void bind_raw(nb::module_& m) {
   bind_pointer(schedule, "num_splits", &ScheduleParams::num_splits);
 
   raw.def("run", &run<DenseDecodeParams>, nb::arg("params"), "Launches and waits.");
+  raw.def("run", &run<SparseDecodeParams>, nb::arg("params"));
   raw.def("run", &run<ScheduleParams>, nb::arg("params"));
   raw.def("time", &time<DenseDecodeParams>, nb::arg("params"), nb::arg("launches") = 20,
           nb::arg("replays") = 5,
           "Microseconds per launch, of each replay of a CUDA graph of back-to-back launches.");
+  raw.def("time", &time<SparseDecodeParams>, nb::arg("params"), nb::arg("launches") = 20,
+          nb::arg("replays") = 5);
   raw.def("time", &time<ScheduleParams>, nb::arg("params"), nb::arg("launches") = 20,
           nb::arg("replays") = 5);
+  bind_cache(raw);
 }

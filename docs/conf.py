@@ -76,6 +76,7 @@ api/quantization
 :caption: Development
 
 kernels/dense_decode
+kernels/sparse_decode
 site/contributing
 site/changelog
 ```

@@ -266,6 +266,8 @@ def fill(
 _UPDATES = {"dynamic-update-slice", "scatter"}
 _PASSES = {"parameter", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 _PASSES |= {"opt-barrier", "async-done", "copy-done", "fusion-done"}
+# A kernel that writes into the buffer of its first operand.
+_ALIASED = re.compile(r"output_to_operand_aliasing=\{\{0?\}: \(0, \{\}\)")
 
 _INSTRUCTION = re.compile(
     r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = "
@@ -311,6 +313,11 @@ def cache_copies(module: str, shape: tuple[int, ...]) -> list[str]:
             if instruction["root"]:
                 roots[current] = instruction
 
+    def writes_in_place(instruction: re.Match) -> bool:
+        return instruction["opcode"] == "custom-call" and bool(
+            _ALIASED.search(instruction.string, instruction.end())
+        )
+
     def updates_in_place(computation: str) -> bool:
         """Whether a fusion makes arrays of that size by updating them and in no other way."""
         inside = computations[computation]
@@ -321,7 +328,7 @@ def cache_copies(module: str, shape: tuple[int, ...]) -> list[str]:
                 return all(is_update(inside[n]) for n in names if makes_cache(inside[n]))
             if instruction["opcode"] == "bitcast":
                 return is_update(inside[names[0]])
-            return instruction["opcode"] in _UPDATES
+            return instruction["opcode"] in _UPDATES or writes_in_place(instruction)
 
         return is_update(roots[computation])
 
@@ -334,6 +341,8 @@ def cache_copies(module: str, shape: tuple[int, ...]) -> list[str]:
         for instruction in inside.values():
             opcode = instruction["opcode"]
             if not makes_cache(instruction) or opcode in _PASSES | _UPDATES | {"tuple"}:
+                continue
+            if writes_in_place(instruction):
                 continue
             if not (instruction["calls"] and updates_in_place(instruction["calls"])):
                 copies.append(instruction.string.strip())

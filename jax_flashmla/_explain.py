@@ -14,7 +14,8 @@ def explain(op: str | Callable, *args: Any, **kwargs: Any) -> _dispatch.Explanat
     Nothing is computed: the call is traced on the shapes of its arguments.
 
     Args:
-        op: a public function of ``jax_flashmla``, or its name.
+        op: a public function of ``jax_flashmla``, `PagedKVCache.append` or `PagedKVCache.gather`
+            (then the cache is the first of args), or its name.
         *args: what it would be called with; arrays may be ``jax.ShapeDtypeStruct``.
         **kwargs: likewise.
 
@@ -33,7 +34,9 @@ def explain(op: str | Callable, *args: Any, **kwargs: Any) -> _dispatch.Explanat
         if not name.startswith("_") and callable(value) and not isinstance(value, type)
     }
     public.pop("explain", None)
-    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    cache = jax_flashmla.PagedKVCache
+    public |= {method.__qualname__: method for method in (cache.append, cache.gather)}
+    name = op if isinstance(op, str) else getattr(op, "__qualname__", repr(op))
     function = public.get(name)
     if function is None or not (isinstance(op, str) or op is function):
         raise ValueError(

@@ -141,3 +141,35 @@ def fold_sparse_decode(
             folded[lengths] = merge(operands[lengths], batched[lengths], size)
     folded["attn_sink"] = fold_sink(operands["attn_sink"], batched["attn_sink"], size, b)
     return folded, static, unfold_to(size, b)
+
+
+def fold_cache_append(
+    operands: Operands, batched: dict[str, bool], size: int, static: dict[str, Any]
+) -> Folded:
+    """``Operation.fold`` of writing tokens to a paged cache."""
+    data = operands["data"]
+    if not batched["data"]:  # each gets a cache of its own
+        data = jnp.broadcast_to(data[None], (size, *data.shape))
+    cache = fold_cache(data, True, operands["slots"], batched["slots"], size, static["page_size"])
+    if cache is None or batched["norm_weight"]:
+        return None
+    folded: Operands = {"norm_weight": operands["norm_weight"]}
+    folded["data"], folded["slots"] = cache
+    for name in ("kv", "k_pe", "rope_cos", "rope_sin"):
+        if operands[name] is not None:
+            folded[name] = merge(operands[name], batched[name], size)
+    return folded, static, unfold_to(size, data.shape[1])
+
+
+def fold_cache_gather(
+    operands: Operands, batched: dict[str, bool], size: int, static: dict[str, Any]
+) -> Folded:
+    """``Operation.fold`` of reading slots, int32 of any shape, from a paged cache."""
+    data, slots = operands["data"], operands["slots"]
+    if batched["data"]:
+        extent = data.shape[1] * static["page_size"]
+        if size * extent > _MAX_INT32:
+            return None
+        slots = offset_entries(slots, batched["slots"], size, extent)
+        data = merge(data, True, size)
+    return {"data": data, "slots": slots}, static, lambda results: results

@@ -66,6 +66,10 @@ class Operation:
         keep_whole: operands that must never be gathered from several devices (the cache).
         drop_when_split: operands that describe the whole call (schedules): left out when it is
             split over devices or folded, so that the operation makes its own.
+        transforms_as_reference: the operation has the derivatives of its reference, is divided over
+            several devices as XLA divides the reference, and what ``fold`` cannot take is vmapped
+            as the reference. Then dims, split, follows, keep_whole and drop_when_split do not count
+            (and the kernel runs on one device, or inside shard_map).
     """
 
     name: str
@@ -73,7 +77,7 @@ class Operation:
     results: tuple[str, ...]
     abstract: Callable[..., tuple[jax.ShapeDtypeStruct, ...]]
     reference: Callable[..., tuple[Array, ...]]
-    dims: Mapping[str, str]
+    dims: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cuda: Callable[..., tuple[Array, ...]] | None = None
     cuda_declines: Callable[..., str | None] | None = None
     fold: Callable[..., tuple[Operands, dict[str, Any], Callable] | None] | None = None
@@ -81,17 +85,19 @@ class Operation:
     follows: Mapping[str, str] = dataclasses.field(default_factory=dict)
     keep_whole: tuple[str, ...] = ()
     drop_when_split: tuple[str, ...] = ()
+    transforms_as_reference: bool = False
     # Twice the same, but for the one that may meet the partitioner, and needs devices to lower.
     primitive: Primitive = dataclasses.field(init=False, repr=False)
     manual_primitive: Primitive = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         missing = [n for n in (*self.operands, *self.results) if n not in self.dims]
-        if missing:
+        if missing and not self.transforms_as_reference:
             raise ValueError(f"{self.name}: dims lacks {missing}")
         object.__setattr__(self, "primitive", _make_primitive(self))
         object.__setattr__(self, "manual_primitive", _make_primitive(self))
-        prim_requires_devices_during_lowering.add(self.primitive)
+        if not self.transforms_as_reference:
+            prim_requires_devices_during_lowering.add(self.primitive)
 
     def __call__(
         self, operands: Mapping[str, Any], *, implementation: str | None, **static: Hashable
@@ -104,11 +110,18 @@ class Operation:
         names = tuple(n for n in self.operands if operands.get(n) is not None)
         arrays = vary_alike([jnp.asarray(operands[n]) for n in names])
         items = tuple(sorted(static.items()))
-        reason = self.declines({n: shape_of(a) for n, a in zip(names, arrays, strict=True)}, items)
+        present = dict(zip(names, arrays, strict=True))
+        as_reference = self.transforms_as_reference and _on_explicit_axes(arrays)
+        if as_reference:
+            reason: str | None = _PARTITIONED
+        else:
+            reason = self.declines({n: shape_of(a) for n, a in present.items()}, items)
         _dispatch.record(self.name, implementation, reason)
         if implementation == "cuda" and reason is not None:
             raise NotImplementedError(f"{self.name}: implementation='cuda' declines: {reason}")
-        return _bind(self, dict(zip(names, arrays, strict=True)), items, implementation)
+        if as_reference:
+            return tuple(self.reference(self.complete(present), **static))
+        return _bind(self, present, items, implementation)
 
     def declines(self, present: Operands, static: Static) -> str | None:
         """Why there is no CUDA kernel for these shapes and static parameters, or None."""
@@ -137,6 +150,20 @@ class Operation:
         return tuple(self.abstract(self.complete(present), **dict(static)))
 
 
+_PARTITIONED = (
+    "XLA divides this call over several devices; wrap it in jax.shard_map to run the kernel on each"
+)
+
+
+def _on_explicit_axes(arrays: list[Array]) -> bool:
+    """Whether the type of an operand says how it lies on several devices, or could."""
+    for sharding in (jax.typeof(a).sharding for a in arrays):
+        mesh = sharding.mesh
+        if AxisType.Explicit in mesh.axis_types and (mesh.size > 1 or any(sharding.spec)):
+            return True
+    return False
+
+
 def shape_of(value: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an array or abstract value, nothing else of it."""
     return jax.ShapeDtypeStruct(tuple(value.shape), value.dtype)
@@ -161,7 +188,8 @@ def _make_primitive(op: Operation) -> Primitive:
     primitive.def_impl(functools.partial(_evaluate, op))
     primitive.def_abstract_eval(functools.partial(_abstract_eval, op))
     batching.primitive_batchers[primitive] = functools.partial(_batch, op)
-    ad.primitive_jvps[primitive] = functools.partial(_no_derivative, op)
+    jvp = _derivative_of_reference if op.transforms_as_reference else _no_derivative
+    ad.primitive_jvps[primitive] = functools.partial(jvp, op)
     ad.primitive_transposes[primitive] = functools.partial(_no_derivative, op)
     mlir.register_lowering(primitive, functools.partial(_lower, op, False))
     mlir.register_lowering(primitive, functools.partial(_lower, op, True), platform="cuda")
@@ -206,10 +234,14 @@ def _abstract_eval(op, *avals, names, static, implementation):
         return [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
     # Specs of types name explicit mesh axes only: with automatic axes the partitioner decides.
     specs = {n: _axes_of(a.sharding.spec, a.ndim) for n, a in present.items()}
-    division = _divide(op, present, specs, dict(mesh.shape), explicit=True)
+    if op.transforms_as_reference:  # and on no explicit axes, see Operation.__call__
+        axes = [((),) * len(s.shape) for s in shapes]
+    else:
+        division = _divide(op, present, specs, dict(mesh.shape), explicit=True)
+        axes = [division.axes_of(n, s.shape) for n, s in zip(op.results, shapes, strict=True)]
     results = []
-    for name, shape in zip(op.results, shapes, strict=True):
-        sharding = NamedSharding(mesh, _spec(division.axes_of(name, shape.shape)))
+    for shape, found in zip(shapes, axes, strict=True):
+        sharding = NamedSharding(mesh, _spec(found))
         if in_mesh:  # keeps what the type says of manual axes; vary_alike made it the same for all
             aval = in_mesh[0].update(
                 shape=shape.shape, dtype=shape.dtype, weak_type=False, sharding=sharding
@@ -225,6 +257,24 @@ def _no_derivative(op, *args, **params):
         f"{op.name}: derivatives are not defined for this operation; "
         "use jax.lax.stop_gradient on its floating-point inputs if none are wanted"
     )
+
+
+def _derivative_of_reference(op, primals, tangents, *, names, static, implementation):
+    moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+
+    def function(*arrays):
+        merged = list(primals)
+        for i, array in zip(moving, arrays, strict=True):
+            merged[i] = array
+        return op.reference(op.complete(dict(zip(names, merged, strict=True))), **dict(static))
+
+    changes = jax.jvp(function, [primals[i] for i in moving], [tangents[i] for i in moving])[1]
+    results = _bind(op, dict(zip(names, primals, strict=True)), static, implementation)
+    no_change = [t.dtype == jax.dtypes.float0 for t in changes]
+    return results, [
+        ad.Zero(jax.typeof(r).to_tangent_aval()) if none else t
+        for r, t, none in zip(results, changes, no_change, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------ vmap
@@ -243,7 +293,9 @@ def _batch(op, arrays, axes, *, names, static, implementation):
         # Explicit axes: requests are sharded and the vmapped axis before them is not, so the two do
         # not become one axis without moving data. A loop takes the axis as it lies.
         results = None
-    if results is None:
+    if results is None and op.transforms_as_reference:
+        results = _vmapped_reference(op, moved, batched, names, static, implementation)
+    elif results is None:
         results = _looped(op, moved, batched, names, static, implementation)
     return results, (0,) * len(op.results)
 
@@ -285,6 +337,19 @@ def _looped(op, moved, batched, names, static, implementation) -> tuple[Array, .
     return jax.lax.map(one, scanned)
 
 
+def _vmapped_reference(op, moved, batched, names, static, implementation) -> tuple[Array, ...]:
+    if implementation == "cuda":
+        raise NotImplementedError(
+            f"{op.name}: implementation='cuda' declines: the kernel cannot take this vmap at once"
+        )
+
+    def one(*arrays):
+        return op.reference(op.complete(dict(zip(names, arrays, strict=True))), **dict(static))
+
+    axes = tuple(0 if batched[n] else None for n in names)
+    return tuple(jax.vmap(one, axes)(*(moved[n] for n in names)))
+
+
 # ------------------------------------------------------------------ lowering
 
 
@@ -321,7 +386,14 @@ def _compute(op, for_cuda, names, static, implementation, *arrays):
 
 def _lower(op, for_cuda, ctx, *values, names, static, implementation):
     function = functools.partial(_compute, op, for_cuda, names, static, implementation)
-    if values and _is_partitioned(op, ctx):
+    if op.transforms_as_reference:
+        if _meets_partitioner(ctx):
+            if implementation == "cuda":
+                raise NotImplementedError(
+                    f"{op.name}: implementation='cuda' declines: {_PARTITIONED}"
+                )
+            function = functools.partial(_compute, op, False, names, static, "xla")
+    elif values and _is_partitioned(op, ctx):
         function = _partitioned(op, for_cuda, names, static, implementation, ctx.avals_in)
     plain = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
     with jax.sharding.use_abstract_mesh(_NO_MESH):
@@ -329,6 +401,15 @@ def _lower(op, for_cuda, ctx, *values, names, static, implementation):
 
 
 # ------------------------------------------------------------------ several devices
+
+
+def _meets_partitioner(ctx) -> bool:
+    """Whether XLA's partitioner may see the operation, whatever becomes of it."""
+    context = ctx.module_context.axis_context
+    if isinstance(context, mlir.SPMDAxisContext):  # inside shard_map
+        sizes = context.mesh.shape
+        return math.prod(sizes[a] for a in sizes if a not in context.manual_axes) > 1
+    return context.num_devices > 1
 
 
 def _is_partitioned(op, ctx) -> bool:

@@ -167,7 +167,9 @@ def _poison(cache: PagedKVCache) -> PagedKVCache:
     return PagedKVCache(jnp.full_like(cache.data, 0xFF), cache.format, cache.page_size)
 
 
-def _dense_decode(call: Caller, result: Result, *, schedule: bool) -> None:
+def _dense_decode(
+    call: Caller, result: Result, *, schedule: bool = False, cache_format: str = "plain"
+) -> None:
     """Two query tokens a request, causal; a request without tokens; NaN in all unused slots."""
     rng = np.random.default_rng(1)
     lengths, page_size, s_q, heads = (150, 0, 1, 64), 64, 2, 16
@@ -182,7 +184,7 @@ def _dense_decode(call: Caller, result: Result, *, schedule: bool) -> None:
         table[r, :used], pages = pages[:used], pages[used:]
         at = np.arange(n)
         slots.append(table[r, at // page_size] * page_size + at % page_size)
-    cache = _poison(PagedKVCache.zeros(12, page_size))
+    cache = _poison(PagedKVCache.zeros(12, page_size, format=cache_format))
     cache = cache.append(
         jnp.concatenate(tokens)[:, None], jnp.asarray(np.concatenate(slots), jnp.int32)
     )
@@ -200,22 +202,22 @@ def _dense_decode(call: Caller, result: Result, *, schedule: bool) -> None:
         *plan,
         softmax_scale=scale,
         causal=True,
+        is_fp8_kvcache=cache_format != "plain",
     )
     want_out, want_lse = np.zeros(out.shape), np.zeros(lse.shape)
     for r, n in enumerate(lengths):
+        keys = _f64(stored(tokens[r], cache_format))
         for i in range(s_q):
             seen = np.arange(n) <= n - s_q + i
-            want_out[r, i], want_lse[r, :, i] = attention(
-                _f64(q[r, i]), _f64(tokens[r]), scale, dv, seen
-            )
+            want_out[r, i], want_lse[r, :, i] = attention(_f64(q[r, i]), keys, scale, dv, seen)
     result.check("out", relative_error(out, want_out), TOLERANCE["bfloat16"])
     result.check("lse", lse_error(lse, want_lse), LSE_TOLERANCE)
 
 
 def _sparse_decode(call: Caller, result: Result, *, cache_format: str, extra: bool) -> None:
-    """Chosen tokens of an FP8 cache, some choices invalid, with an attention sink."""
+    """Chosen tokens of one cache or two, some choices invalid, with an attention sink."""
     rng = np.random.default_rng(2)
-    b, heads, d, dv, topk = 3, 8, 576 if cache_format == "fp8_v32" else 512, 512, 96
+    b, heads, d, dv, topk = 3, 8, 512 if cache_format == "fp8_v4" else 576, 512, 96
     scale = d**-0.55
     q = _normal(rng, b, 1, heads, d)
     sink = jnp.asarray(rng.standard_normal(heads), jnp.float32).at[0].set(-jnp.inf)
@@ -251,7 +253,7 @@ def _sparse_decode(call: Caller, result: Result, *, cache_format: str, extra: bo
         None,
         dv,
         softmax_scale=scale,
-        is_fp8_kvcache=True,
+        is_fp8_kvcache=cache_format != "plain",
         indices=indices[0],
         topk_length=limits[0],
         attn_sink=sink,
@@ -355,8 +357,10 @@ def _varlen_prefill(call: Caller, result: Result) -> None:
 
 
 CASES: dict[str, Callable[[Caller, Result], None]] = {
-    "dense decode, bfloat16": lambda c, r: _dense_decode(c, r, schedule=False),
+    "dense decode, bfloat16": _dense_decode,
     "dense decode, reused schedule": lambda c, r: _dense_decode(c, r, schedule=True),
+    "dense decode, FP8 (V3.2)": lambda c, r: _dense_decode(c, r, cache_format="fp8_v32"),
+    "sparse decode, bfloat16": lambda c, r: _sparse_decode(c, r, cache_format="plain", extra=False),
     "sparse decode, FP8 (V3.2)": lambda c, r: _sparse_decode(
         c, r, cache_format="fp8_v32", extra=False
     ),

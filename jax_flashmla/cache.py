@@ -22,8 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_flashmla import _checks
+from jax_flashmla import _checks, _cuda_cache, _dispatch, _folding
 from jax_flashmla import quantization as _q
+from jax_flashmla._primitive import Operation
+from jax_flashmla.reference import latents as _latents
 
 Array = jax.Array
 
@@ -308,28 +310,51 @@ def _scatter(data: Array, starts: list[Array], rows: Array) -> Array:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cache_format", "page_size", "power_of_two_scales"))
+_APPEND_STATIC = (
+    "cache_format",
+    "page_size",
+    "latent",
+    "power_of_two_scales",
+    "norm_eps",
+    "rope_layout",
+)
+
+
+@functools.partial(jax.jit, static_argnames=_APPEND_STATIC)
 def _append(
     data: Array,
     slots: Array,
-    rows: Array,
+    kv: Array,
+    k_pe: Array | None,
+    norm_weight: Array | None,
+    rope_cos: Array | None,
+    rope_sin: Array | None,
     *,
     cache_format: str,
     page_size: int,
+    latent: int,
     power_of_two_scales: bool,
+    norm_eps: float,
+    rope_layout: str,
 ) -> Array:
-    """``data`` with tokens ``rows`` [t, h_kv, d] written to ``slots`` int32[t]; t, pages > 0."""
+    """``data`` with tokens written to ``slots`` int32[t]; t, pages > 0.
+
+    kv is [t, h_kv, latent] beside k_pe [t, h_kv, rope], or both together without k_pe.
+    """
     num_pages = data.shape[0]
     page, offset, valid = _split_slots(slots, num_pages, page_size)
     page = jnp.where(valid, page, num_pages + lax.iota(jnp.int32, page.shape[0]))
+    if k_pe is None:
+        kv, k_pe = kv[..., :latent], kv[..., latent:]
+    if norm_weight is not None:
+        kv = _latents.rms_norm(kv, norm_weight, norm_eps)
+    if rope_cos is not None and rope_sin is not None:
+        k_pe = _latents.rotate(k_pe, rope_cos[:, None], rope_sin[:, None], rope_layout)
     if cache_format == "plain":
-        return _scatter(data, [page, offset], rows.astype(data.dtype))
-    latent = _q.FP8_FORMATS[cache_format].latent
+        rows = jnp.concatenate([kv.astype(data.dtype), k_pe.astype(data.dtype)], axis=-1)
+        return _scatter(data, [page, offset], rows)
     tokens = _q._encode_tokens(
-        rows[..., :latent],
-        rows[..., latent:],
-        cache_format=cache_format,
-        power_of_two_scales=power_of_two_scales,
+        kv, k_pe, cache_format=cache_format, power_of_two_scales=power_of_two_scales
     )
     if cache_format == "fp8_v32":
         return _scatter(data, [page, offset], tokens)
@@ -338,6 +363,19 @@ def _append(
     scales_at = page_size * _q.V4_DATA_BYTES + offset * _q.V4_SCALE_BYTES
     data = _scatter(data, [page, data_at], tokens[:, : _q.V4_DATA_BYTES])
     return _scatter(data, [page, scales_at], tokens[:, _q.V4_DATA_BYTES :])
+
+
+append_operation = Operation(
+    name="flash_mla_cache_append",
+    operands=("data", "slots", "kv", "k_pe", "norm_weight", "rope_cos", "rope_sin"),
+    results=("data",),
+    abstract=lambda operands, **_: (operands["data"],),
+    reference=lambda operands, **static: (_append(*operands.values(), **static),),
+    cuda=_cuda_cache.append,
+    cuda_declines=_cuda_cache.append_declines,
+    fold=_folding.fold_cache_append,
+    transforms_as_reference=True,
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -358,6 +396,29 @@ def _gather_or_zero(
         dtype=dtype,
     )
     return jnp.where(valid[..., None, None], tokens, jnp.zeros((), dtype))
+
+
+def _gather_abstract(
+    operands: dict[str, Any], *, cache_format: str, page_size: int, dtype: Any
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    del page_size
+    data, slots = operands["data"], operands["slots"]
+    heads = data.shape[2] if cache_format == "plain" else 1
+    shape = (*slots.shape, heads, _q.token_dim(cache_format, data.shape))
+    return (jax.ShapeDtypeStruct(shape, dtype),)
+
+
+gather_operation = Operation(
+    name="flash_mla_cache_gather",
+    operands=("data", "slots"),
+    results=("tokens",),
+    abstract=_gather_abstract,
+    reference=lambda operands, **static: (_gather_or_zero(*operands.values(), **static),),
+    cuda=_cuda_cache.gather,
+    cuda_declines=_cuda_cache.gather_declines,
+    fold=_folding.fold_cache_gather,
+    transforms_as_reference=True,
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -583,6 +644,75 @@ class PagedKVCache:
             )
         return jnp.asarray(value).reshape(int(np.prod(lead)), heads, width)
 
+    def _check_fused(
+        self,
+        op: str,
+        lead: tuple[int, ...],
+        latent: int,
+        norm_weight: Any,
+        norm_eps: Any,
+        rope_cos: Any,
+        rope_sin: Any,
+        rope_layout: Any,
+    ) -> tuple[dict[str, Array], float, str]:
+        """Checks what is done to tokens before they are stored: operands, epsilon and layout."""
+        _checks.check_choice(op, "rope_layout", rope_layout, _latents.ROPE_LAYOUTS)
+        norm_eps = _checks.check_scale(op, "norm_eps", norm_eps)
+        if norm_eps < 0:
+            raise ValueError(f"{op}: argument 'norm_eps' is {norm_eps}; expected a number >= 0")
+        given = {"norm_weight": norm_weight, "rope_cos": rope_cos, "rope_sin": rope_sin}
+        operands: dict[str, Array] = {}
+        for name, value in given.items():
+            if value is not None and self.num_heads_k != 1:
+                raise ValueError(
+                    f"{op}: argument '{name}' is given for a cache of {self.num_heads_k} key "
+                    "heads; expected a cache of one"
+                )
+        if norm_weight is None:
+            norm_eps = 0.0
+        else:
+            _checks.check_shape(op, "norm_weight", norm_weight, (latent,), ("latent",))
+            _checks.check_dtype(op, "norm_weight", norm_weight, _q.PLAIN_DTYPES)
+            operands["norm_weight"] = jnp.asarray(norm_weight)
+        if (rope_cos is None) != (rope_sin is None):
+            missing = "rope_cos" if rope_cos is None else "rope_sin"
+            raise ValueError(
+                f"{op}: argument '{missing}' is missing (None); expected rope_cos and rope_sin, or "
+                "neither"
+            )
+        if rope_cos is None:
+            return operands, norm_eps, "interleaved"
+        rope = self.head_dim - latent
+        if rope == 0 or rope % 2:
+            raise ValueError(
+                f"{op}: argument 'rope_cos' is given, but the RoPE part has {rope} columns; "
+                "expected an even number of them, and k_pe or norm_weight to say how many"
+            )
+        expected = (*lead, rope // 2)
+        for name in ("rope_cos", "rope_sin"):
+            value = given[name]
+            _checks.check_array(op, name, value, f"float32 {expected}")
+            _checks.check_dtype(op, name, value, (jnp.float32,))
+            if tuple(value.shape) != expected:
+                raise ValueError(
+                    f"{op}: argument '{name}' has shape {tuple(value.shape)}; expected {expected} "
+                    f"to go with slot_mapping {lead} and {rope} RoPE columns"
+                )
+            operands[name] = jnp.asarray(value).reshape(int(np.prod(lead)), rope // 2)
+        return operands, norm_eps, rope_layout
+
+    def _rope_columns(self, k_pe: Any, norm_weight: Any, rope_cos: Any) -> int:
+        """Columns of the RoPE part, as far as they are told; 0 if all columns are alike."""
+        if self.format != "plain":
+            return _q.FP8_FORMATS[self.format].rope
+        if k_pe is not None:
+            return k_pe.shape[-1] if k_pe.shape else 0
+        if norm_weight is not None:
+            return max(self.head_dim - (norm_weight.shape[-1] if norm_weight.shape else 0), 0)
+        if rope_cos is not None:
+            return 2 * rope_cos.shape[-1] if rope_cos.shape else 0
+        return 0
+
     def append(
         self,
         kv: Array,
@@ -590,6 +720,12 @@ class PagedKVCache:
         *,
         k_pe: Array | None = None,
         power_of_two_scales: bool = True,
+        norm_weight: Array | None = None,
+        norm_eps: float = 1e-6,
+        rope_cos: Array | None = None,
+        rope_sin: Array | None = None,
+        rope_layout: str = "interleaved",
+        implementation: str | None = None,
     ) -> PagedKVCache:
         """Writes tokens to slots, quantised if the format says so.
 
@@ -597,6 +733,12 @@ class PagedKVCache:
         otherwise the whole cache is copied. (One case is out of reach: XLA of jaxlib 0.10 on CPU
         converts a whole bfloat16 array to float32 and back for any update. Use a newer jaxlib or
         another dtype there.)
+
+        In the same pass the latent can be normalised (``norm_weight``) and the RoPE part rotated
+        (``rope_cos``, ``rope_sin``), with the rounding of `jax_flashmla.flax.core`: both in
+        float32, then rounded to the dtype of kv or k_pe, and from there to what is stored. The
+        kernel gives the bits of numpy in float32, with the sum of squares added up in the order
+        that docs/caches.md says; XLA's may differ in the last bit of that sum.
 
         Args:
           kv: tokens [t, h_kv, d] (or [t, d] if h_kv is 1), bfloat16, float16 or float32. With
@@ -606,66 +748,99 @@ class PagedKVCache:
             or a mixture of both.
           k_pe: the RoPE part [t, 64] (or [t, 1, 64]) if it is not in kv.
           power_of_two_scales: as in `quantize_kv`.
+          norm_weight: [latent], bfloat16, float16 or float32: the latent becomes ``x / sqrt(mean(x
+            ** 2) + norm_eps) * norm_weight``. Needs h_kv 1. Of a plain cache without ``k_pe`` its
+            length says which columns are the latent.
+          norm_eps: static, >= 0.
+          rope_cos, rope_sin: float32 [t, rope / 2] (or with the axes of slot_mapping), the angles
+            of each token: a pair (a, b) becomes (a cos - b sin, a sin + b cos). Needs h_kv 1.
+          rope_layout: pairs are columns 2i and 2i + 1 (``"interleaved"``), or i and i + rope / 2
+            (``"half_split"``).
+          implementation: ``"cuda"``, ``"xla"``, or None for the kernel where it runs.
 
         Returns:
           The cache with the tokens written.
 
         Raises:
           ValueError: a wrong shape or dtype.
+          NotImplementedError: ``implementation="cuda"`` where the kernel does not run.
         """
         op = "PagedKVCache.append"
+        _dispatch.check_implementation(op, implementation)
         self._check_pages_first(op)
         _check_int32(op, "slot_mapping", slot_mapping, "int32 (t,)")
         lead = tuple(slot_mapping.shape)
+        for name, value in (("k_pe", k_pe), ("norm_weight", norm_weight), ("rope_cos", rope_cos)):
+            if value is not None:
+                _checks.check_array(op, name, value, "(t, 64)" if name == "k_pe" else "(...)")
+        rope = self._rope_columns(k_pe, norm_weight, rope_cos)
+        latent = self.head_dim - rope
+        if latent < 0:
+            name = "rope_cos" if k_pe is None else "k_pe"
+            too_wide: Any = rope_cos if k_pe is None else k_pe
+            raise ValueError(
+                f"{op}: argument '{name}' has shape {tuple(too_wide.shape)}, which is of {rope} "
+                f"RoPE columns; expected at most the {self.head_dim} columns of the cache"
+            )
+        operands: dict[str, Any] = {"data": self.data}
         if k_pe is None:
-            rows = self._rows(op, "kv", kv, lead, self.head_dim)
+            operands["kv"] = self._rows(op, "kv", kv, lead, self.head_dim)
         else:
-            _checks.check_array(op, "k_pe", k_pe, "(t, 64)")
-            if self.format != "plain":
-                rope = _q.FP8_FORMATS[self.format].rope
-            else:
-                rope = k_pe.shape[-1] if k_pe.shape else 0
-            latent = self._rows(op, "kv", kv, lead, self.head_dim - rope)
-            rope_rows = self._rows(op, "k_pe", k_pe, lead, rope)
-            if self.format == "plain":
-                latent, rope_rows = latent.astype(self.dtype), rope_rows.astype(self.dtype)
-            rows = jnp.concatenate([latent, rope_rows], axis=-1)
+            operands["kv"] = self._rows(op, "kv", kv, lead, latent)
+            operands["k_pe"] = self._rows(op, "k_pe", k_pe, lead, rope)
+        fused, norm_eps, rope_layout = self._check_fused(
+            op, lead, latent, norm_weight, norm_eps, rope_cos, rope_sin, rope_layout
+        )
         flag = _q._check_scales(op, self.format, power_of_two_scales)
-        if rows.shape[0] == 0 or self.num_pages == 0:
+        if operands["kv"].shape[0] == 0 or self.num_pages == 0:
             return self
-        data = _append(
-            self.data,
-            jnp.asarray(slot_mapping).reshape(-1),
-            rows,
+        if rope == 0:  # k_pe without columns
+            operands.pop("k_pe", None)
+        (data,) = append_operation(
+            {**operands, "slots": jnp.asarray(slot_mapping).reshape(-1), **fused},
+            implementation=implementation,
             cache_format=self.format,
             page_size=self.page_size,
+            latent=latent,
             power_of_two_scales=flag,
+            norm_eps=norm_eps,
+            rope_layout=rope_layout,
         )
         return dataclasses.replace(self, data=data)
 
-    def gather(self, slots: Array, *, dtype: Any = None) -> Array:
+    def gather(
+        self, slots: Array, *, dtype: Any = None, implementation: str | None = None
+    ) -> Array:
         """Reads tokens, dequantised.
 
         Args:
           slots: int32 [...].
           dtype: bfloat16, float16 or float32; default that of a plain cache, else bfloat16.
+          implementation: ``"cuda"``, ``"xla"``, or None for the kernel where it runs.
 
         Returns:
           [..., h_kv, d]; zeros for slots that are negative or past the cache.
 
         Raises:
           ValueError: a wrong shape or dtype.
+          NotImplementedError: ``implementation="cuda"`` where the kernel does not run.
         """
         op = "PagedKVCache.gather"
+        _dispatch.check_implementation(op, implementation)
         self._check_pages_first(op)
         _check_int32(op, "slots", slots, "int32 (...)")
         dtype = _q._check_result_dtype(op, self.dtype if dtype is None else dtype)
         slots = jnp.asarray(slots)
         if self.num_pages == 0:
             return jnp.zeros((*slots.shape, self.num_heads_k, self.head_dim), dtype)
-        return _gather_or_zero(
-            self.data, slots, cache_format=self.format, page_size=self.page_size, dtype=dtype
+        (tokens,) = gather_operation(
+            {"data": self.data, "slots": slots},
+            implementation=implementation,
+            cache_format=self.format,
+            page_size=self.page_size,
+            dtype=dtype,
         )
+        return tokens
 
     def to_dense(self, *, dtype: Any = None) -> Array:
         """The whole cache dequantised: [num_pages, page_size, h_kv, d] (leading axes are kept).

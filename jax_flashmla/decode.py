@@ -85,6 +85,8 @@ sparse_operation = Operation(
     results=("out", "lse"),
     abstract=_abstract,
     reference=reference.sparse_decode,
+    cuda=_cuda.sparse_decode,
+    cuda_declines=_cuda.sparse_decode_declines,
     fold=_folding.fold_sparse_decode,
     dims={
         **_COMMON_DIMS,
@@ -319,8 +321,8 @@ def flash_mla_with_kvcache(
     to the others of that request. No other request is affected.
 
     Args:
-        q: [b, s_q, h_q, d] bfloat16 or float16; float32 runs on XLA only, and sparse kernels take
-            bfloat16 only. ``s_q`` is 1, or more with speculative decoding.
+        q: [b, s_q, h_q, d] bfloat16 or float16, over FP8 caches bfloat16; float32 runs on XLA only.
+            ``s_q`` is 1, or more with speculative decoding.
         k_cache: a :class:`PagedKVCache`, or an array whose shape says everything: of q's dtype
             [pages, page_size, h_kv, d], or uint8 or float8_e4m3fn [pages, page_size, 1, 656] (the
             FP8 format of DeepSeek V3.2). Dequantised tokens are bfloat16, or not rounded if q is
@@ -423,7 +425,8 @@ def flash_mla_with_kvcache(
                     "dense attention"
                 )
         operands |= {"block_table": block_table, "cache_seqlens": cache_seqlens}
-        out, lse = dense_operation(operands, implementation=implementation, causal=causal, **static)
+        static |= {"causal": causal}
+        out, lse = dense_operation(operands, implementation=implementation, **static)
         return out, lse
 
     if causal:

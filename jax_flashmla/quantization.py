@@ -26,9 +26,9 @@ is the largest magnitude in the tile, rounded up to a power of two in V4 and by 
 ``code = round_to_nearest_even(x / scale)``, saturated to +-448. The 1e-4 keeps the scale of a
 tile of zeros finite. Two rules beyond that formula: NaN gives a NaN code and does not count
 in amax, so it spoils no neighbour; and a scale is at most 128 (255 if it need not be a power of
-two), so that magnitudes above 57,344 (114,240) and infinities saturate. Kernels multiply in
-bfloat16 by ``scale * 2**120``, which must not overflow: this keeps every stored scale valid
-for every implementation.
+two), so that magnitudes above 57,344 (114,240) and infinities saturate. Readers that multiply
+in bfloat16 by ``scale * 2**120`` must not overflow: this keeps every stored scale valid for them.
+Those here take any scale.
 
 **Bit-exactness.** Results equal the formulas above as evaluated by numpy in float32, on every
 backend. Floating-point code cannot promise this: XLA divides by a constant as a multiplication
@@ -552,7 +552,7 @@ def quantize_kv(
       k_pe: RoPE part [..., 64], the same leading axes; stored as bfloat16 (nearest, ties to even).
       cache_format: ``"fp8_v32"`` or ``"fp8_v4"``.
       power_of_two_scales: round scales up to powers of two. False (V3.2 only) keeps float32
-        scales, which use the range of e4m3 better and cost kernels an extra multiplication.
+        scales, which use the range of e4m3 better.
 
     Returns:
       uint8 [..., 656] rows of V3.2, or uint8 [..., 584] of V4: the token's 576 data bytes

@@ -140,6 +140,13 @@ MUTATIONS = (
         "load(jnp.maximum(slots, 0))",
         "test_sparse_decode.py::test_unused_slots_never_leak[nan]",
     ),
+    Mutation(
+        "the workspace of sparse decode is made for choices, not for the blocks they fill",
+        "_cuda.py",
+        "return blocks * scheduler.BLOCK",
+        "return topk + (extra_topk or 0)",
+        "test_sparse_decode.py::test_batch_invariant_workspace_has_room_for_all_pieces[250-1]",
+    ),
     # ---------------------------------------------------------------- caches
     Mutation(
         "scales of two tiles are swapped (V3.2)",

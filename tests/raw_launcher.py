@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flashmla import _cuda, _ffi, _planning
+from jax_flashmla import _cuda, _ffi, _planning, quantization
 from jax_flashmla.reference import scheduler
 
 
@@ -101,34 +101,141 @@ def dense_decode_params(
     sink_per_request: bool = False,
     head_dim: int = 576,
     head_dim_v: int = 512,
+    cache_format: str = "plain",
+    cache_seqlens: int,
     **addresses: int,
 ) -> Any:
     """Parameters of the attention and merge kernels; ``addresses`` are those of the arrays."""
     p = raw_module().DenseDecodeParams()
+    p.num_pages, p.page_size, p.table_width = num_pages, page_size, table_width
+    p.causal = causal
+    p.cache_format = _cuda.FORMAT_CODES[cache_format]
+    p.set_run(0, cache_seqlens, table_width * page_size)
+    p.longer_is_nan = True
+    p.k_cache, p.block_table = addresses.pop("k_cache"), addresses.pop("block_table")
+    _set_common(
+        p,
+        b=b,
+        s_q=s_q,
+        h_q=h_q,
+        h_kv=h_kv,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        num_parts=num_parts,
+        num_slots=num_slots,
+        capacity=table_width * page_size,
+        softmax_scale=softmax_scale,
+        is_fp16=is_fp16,
+        batch_invariant=batch_invariant,
+        sink_per_request=sink_per_request,
+        addresses=addresses,
+    )
+    return p
+
+
+def sparse_decode_params(
+    *,
+    b: int,
+    s_q: int,
+    h_q: int,
+    head_dim: int,
+    num_pages: int,
+    page_size: int,
+    topk: int,
+    num_parts: int,
+    num_slots: int,
+    softmax_scale: float,
+    cache_format: str,
+    k_cache: int,
+    indices: int,
+    topk_length: int = 0,
+    extra_k_cache: int = 0,
+    extra_indices: int = 0,
+    extra_topk_length: int = 0,
+    extra_num_pages: int = 0,
+    extra_page_size: int = 1,
+    extra_topk: int = 0,
+    is_fp16: bool = False,
+    batch_invariant: bool = False,
+    sink_per_request: bool = False,
+    head_dim_v: int = 512,
+    **addresses: int,
+) -> Any:
+    """Likewise for sparse decode. Without a second cache its sizes and addresses stay as they are.
+
+    Arrays are device addresses, 0 for lengths that are not given.
+    """
+    p = raw_module().SparseDecodeParams()
+    p.cache_format = _cuda.FORMAT_CODES[cache_format]
+    p.set_run(0, topk_length, topk)
+    p.set_run(1, extra_topk_length, extra_topk)
+    p.longer_is_nan = False
+    p.set_source(0, k_cache, indices, num_pages, page_size, topk)
+    p.set_source(1, extra_k_cache, extra_indices, extra_num_pages, extra_page_size, extra_topk)
+    _set_common(
+        p,
+        b=b,
+        s_q=s_q,
+        h_q=h_q,
+        h_kv=1,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        num_parts=num_parts,
+        num_slots=num_slots,
+        capacity=_cuda.selected_capacity(topk, extra_topk),
+        softmax_scale=softmax_scale,
+        is_fp16=is_fp16,
+        batch_invariant=batch_invariant,
+        sink_per_request=sink_per_request,
+        addresses=addresses,
+    )
+    return p
+
+
+def _set_common(
+    p: Any,
+    *,
+    b: int,
+    s_q: int,
+    h_q: int,
+    h_kv: int,
+    head_dim: int,
+    head_dim_v: int,
+    num_parts: int,
+    num_slots: int,
+    capacity: int,
+    softmax_scale: float,
+    is_fp16: bool,
+    batch_invariant: bool,
+    sink_per_request: bool,
+    addresses: dict[str, int],
+) -> None:
+    """Sets what all decode operations have in common; ``capacity`` as in ``_cuda``."""
     p.batch, p.seq_q, p.heads_q, p.heads_kv = b, s_q, h_q, h_kv
     p.head_dim, p.head_dim_v = head_dim, head_dim_v
-    p.num_pages, p.page_size = num_pages, page_size
-    p.table_width, p.num_parts = table_width, num_parts
-    p.softmax_scale, p.causal = softmax_scale, causal
+    p.num_parts, p.num_slots = num_parts, num_slots
+    p.slots_per_request = _cuda.max_invariant_splits(capacity)
+    p.softmax_scale, p.is_fp16 = softmax_scale, is_fp16
     p.batch_invariant, p.sink_per_request = batch_invariant, sink_per_request
-    p.num_slots = num_slots
-    p.slots_per_request = _cuda.max_invariant_splits(table_width * page_size)
-    p.is_fp16 = is_fp16
-    expected = {"q", "k_cache", "block_table", "cache_seqlens", "schedule", "out", "lse"}
-    expected |= {"partial_out", "partial_lse", "schedule_is_broken", "attn_sink"}
+    expected = {"q", "schedule", "attn_sink", "out", "lse"}
+    expected |= {"partial_out", "partial_lse", "schedule_is_broken"}
     assert set(addresses) == expected, f"addresses of {sorted(expected ^ set(addresses))}"
     for name, address in addresses.items():
         setattr(p, name, address)
-    return p
+
+
+def _workspace_slots(b: int, capacity: int, num_parts: int, batch_invariant: bool) -> int:
+    """Partial results that an attention kernel may write, at least as many as in ``_cuda``."""
+    if batch_invariant:
+        return b * _cuda.max_invariant_splits(capacity)
+    return 2 * num_parts
 
 
 def workspace_slots(
     b: int, table_width: int, page_size: int, num_parts: int, batch_invariant: bool
 ) -> int:
-    """Partial results that the attention kernel may write, as in ``_cuda.dense_decode``."""
-    if batch_invariant:
-        return b * _cuda.max_invariant_splits(table_width * page_size)
-    return 2 * num_parts
+    """Partial results that the dense attention kernel may write."""
+    return _workspace_slots(b, table_width * page_size, num_parts, batch_invariant)
 
 
 def plan_schedule(
@@ -168,33 +275,30 @@ def plan_schedule(
     return contents(schedule), contents(num_splits)
 
 
-@dataclasses.dataclass
-class RawDenseDecode:
-    """One dense decode problem on the device; holds every array that the launches touch."""
+class _RawDecode:
+    """What a problem of either kind has: results, workspace, schedule and the launches."""
 
     q: jax.Array
-    k_cache: jax.Array
-    block_table: jax.Array
-    cache_seqlens: jax.Array
-    softmax_scale: float
-    causal: bool = False
-    head_dim_v: int = 512
-    attn_sink: jax.Array | None = None
-    batch_invariant: bool = False
-    num_sm_parts: int | None = None
-    schedule: jax.Array | None = None
+    attn_sink: jax.Array | None
+    head_dim_v: int
+    batch_invariant: bool
+    num_sm_parts: int | None
+    schedule: jax.Array | None
+    # Set by the class of each kind.
+    params: Any
+    schedule_params: Any
 
-    def __post_init__(self) -> None:
+    def _allocate(self, *, h_kv: int, row_tiles: int, capacity: int) -> dict[str, Any]:
+        """Allocates results, workspace and schedule; returns their sizes and addresses."""
         b, s_q, h_q, d = self.q.shape
-        pages, page_size, h_kv, _ = self.k_cache.shape
-        width = self.block_table.shape[1]
         rows = s_q * h_q // h_kv
-        row_tiles = _planning.dense_row_tiles(h_kv, rows)
+        self._plans = self.schedule is None
         if self.schedule is not None:
             parts = self.schedule.shape[0]
         else:
             parts = self.num_sm_parts or _planning.default_num_sm_parts(row_tiles)
-        slots = workspace_slots(b, width, page_size, parts, self.batch_invariant)
+            self.schedule = _filled((parts, scheduler.COLUMNS), np.int32, -1)
+        slots = _workspace_slots(b, capacity, parts, self.batch_invariant)
 
         # Poisoned: every element must be written, and no workspace may be read before it is.
         self.out = _filled((b, s_q, h_q, self.head_dim_v), self.q.dtype, np.nan)
@@ -203,50 +307,40 @@ class RawDenseDecode:
         self.partial_lse = _filled((slots, h_kv, rows), np.float32, np.nan)
         self.status = _filled((1,), np.int32, -1)
         self.num_splits = _filled((b + 1,), np.int32, -1)
-        plan = self.schedule is None
-        if plan:
-            self.schedule = _filled((parts, scheduler.COLUMNS), np.int32, -1)
         wait_for(*(x for x in vars(self).values() if isinstance(x, jax.Array)))
+        return {
+            "b": b,
+            "s_q": s_q,
+            "h_q": h_q,
+            "head_dim": d,
+            "head_dim_v": self.head_dim_v,
+            "num_parts": parts,
+            "num_slots": slots,
+            "batch_invariant": self.batch_invariant,
+            "sink_per_request": self.attn_sink is not None and self.attn_sink.ndim == 2,
+            "is_fp16": self.q.dtype == jnp.float16,
+            "q": address_of(self.q),
+            "schedule": address_of(self.schedule),
+            "attn_sink": address_of(self.attn_sink),
+            "out": address_of(self.out),
+            "lse": address_of(self.lse),
+            "partial_out": address_of(self.partial_out),
+            "partial_lse": address_of(self.partial_lse),
+            "schedule_is_broken": address_of(self.status),
+        }
 
+    def _plan(self, row_tiles: int, **kind: Any) -> None:
+        """Makes the parameters of the scheduler and, without a schedule given, runs it."""
         self.schedule_params = schedule_params(
-            batch=b,
-            num_parts=parts,
+            batch=self.q.shape[0],
+            num_parts=self.schedule.shape[0],
             row_tiles=row_tiles,
             batch_invariant=self.batch_invariant,
-            lengths=address_of(self.cache_seqlens),
             schedule=address_of(self.schedule),
             num_splits=address_of(self.num_splits),
+            **kind,
         )
-        self.params = dense_decode_params(
-            b=b,
-            s_q=s_q,
-            h_q=h_q,
-            h_kv=h_kv,
-            head_dim=d,
-            head_dim_v=self.head_dim_v,
-            num_pages=pages,
-            page_size=page_size,
-            table_width=width,
-            num_parts=parts,
-            num_slots=slots,
-            softmax_scale=self.softmax_scale,
-            causal=self.causal,
-            batch_invariant=self.batch_invariant,
-            sink_per_request=self.attn_sink is not None and self.attn_sink.ndim == 2,
-            is_fp16=self.q.dtype == jnp.float16,
-            q=address_of(self.q),
-            k_cache=address_of(self.k_cache),
-            block_table=address_of(self.block_table),
-            cache_seqlens=address_of(self.cache_seqlens),
-            schedule=address_of(self.schedule),
-            attn_sink=address_of(self.attn_sink),
-            out=address_of(self.out),
-            lse=address_of(self.lse),
-            partial_out=address_of(self.partial_out),
-            schedule_is_broken=address_of(self.status),
-            partial_lse=address_of(self.partial_lse),
-        )
-        if plan:
+        if self._plans:
             raw_module().run(self.schedule_params)
 
     def run(self) -> tuple[np.ndarray, np.ndarray]:
@@ -265,3 +359,107 @@ class RawDenseDecode:
     def time_schedule(self, launches: int = 20, replays: int = 5) -> float:
         """Median microseconds of planning the schedule, measured in the same way."""
         return float(np.median(raw_module().time(self.schedule_params, launches, replays)))
+
+
+@dataclasses.dataclass
+class RawDenseDecode(_RawDecode):
+    """One dense decode problem on the device; holds every array that the launches touch."""
+
+    q: jax.Array
+    k_cache: jax.Array
+    block_table: jax.Array
+    cache_seqlens: jax.Array
+    softmax_scale: float
+    causal: bool = False
+    head_dim_v: int = 512
+    attn_sink: jax.Array | None = None
+    batch_invariant: bool = False
+    num_sm_parts: int | None = None
+    schedule: jax.Array | None = None
+    cache_format: str = "plain"
+
+    def __post_init__(self) -> None:
+        _, s_q, h_q, _ = self.q.shape
+        pages, page_size, h_kv, _ = self.k_cache.shape
+        width = self.block_table.shape[1]
+        row_tiles = _planning.dense_row_tiles(h_kv, s_q * h_q // h_kv)
+        common = self._allocate(h_kv=h_kv, row_tiles=row_tiles, capacity=width * page_size)
+        self.params = dense_decode_params(
+            **common,
+            h_kv=h_kv,
+            num_pages=pages,
+            page_size=page_size,
+            table_width=width,
+            softmax_scale=self.softmax_scale,
+            causal=self.causal,
+            cache_format=self.cache_format,
+            k_cache=address_of(self.k_cache),
+            block_table=address_of(self.block_table),
+            cache_seqlens=address_of(self.cache_seqlens),
+        )
+        self._plan(row_tiles, lengths=address_of(self.cache_seqlens))
+
+
+@dataclasses.dataclass
+class RawSparseDecode(_RawDecode):
+    """One sparse decode problem on the device; holds every array that the launches touch.
+
+    Caches are the raw arrays of ``cache_format``; the page size of "fp8_v4" pages follows from
+    their bytes.
+    """
+
+    q: jax.Array
+    k_cache: jax.Array
+    indices: jax.Array
+    softmax_scale: float
+    cache_format: str = "plain"
+    topk_length: jax.Array | None = None
+    extra_k_cache: jax.Array | None = None
+    extra_indices: jax.Array | None = None
+    extra_topk_length: jax.Array | None = None
+    head_dim_v: int = 512
+    attn_sink: jax.Array | None = None
+    batch_invariant: bool = False
+    num_sm_parts: int | None = None
+    schedule: jax.Array | None = None
+
+    def _page_size(self, cache: jax.Array) -> int:
+        if self.cache_format == "fp8_v4":
+            return quantization.page_size_of(cache.shape[1])
+        return cache.shape[1]
+
+    def __post_init__(self) -> None:
+        _, s_q, h_q, _ = self.q.shape
+        topk, extra_topk, extra = self.indices.shape[2], None, {}
+        if self.extra_k_cache is not None:
+            extra_topk = self.extra_indices.shape[2]
+            extra = {
+                "extra_k_cache": address_of(self.extra_k_cache),
+                "extra_indices": address_of(self.extra_indices),
+                "extra_topk_length": address_of(self.extra_topk_length),
+                "extra_num_pages": self.extra_k_cache.shape[0],
+                "extra_page_size": self._page_size(self.extra_k_cache),
+                "extra_topk": extra_topk,
+            }
+        row_tiles = _planning.sparse_row_tiles(1, h_q, s_q)
+        capacity = _cuda.selected_capacity(topk, extra_topk)
+        common = self._allocate(h_kv=1, row_tiles=row_tiles, capacity=capacity)
+        self.params = sparse_decode_params(
+            **common,
+            **extra,
+            num_pages=self.k_cache.shape[0],
+            page_size=self._page_size(self.k_cache),
+            topk=topk,
+            softmax_scale=self.softmax_scale,
+            cache_format=self.cache_format,
+            k_cache=address_of(self.k_cache),
+            indices=address_of(self.indices),
+            topk_length=address_of(self.topk_length),
+        )
+        self._plan(
+            row_tiles,
+            topk=topk,
+            extra_topk=extra_topk,
+            lengths=address_of(self.topk_length),
+            extra_lengths=address_of(self.extra_topk_length),
+        )

@@ -619,40 +619,6 @@ def fp8_dense_bytes(case: cases.DenseCase) -> int:
     return tokens * TOKEN_BYTES["fp8_v32"] + 2 * rows * (case.d + case.dv)
 
 
-@dataclasses.dataclass(frozen=True)
-class AppendCase:
-    """Tokens that are written to scattered slots of a cache, perhaps normalised and rotated."""
-
-    cache_format: str
-    tokens: int
-    fused: bool = False
-
-    @property
-    def name(self) -> str:
-        kind = self.cache_format.removeprefix("fp8_")
-        return f"append-{kind}-t{self.tokens}{'-fused' if self.fused else ''}"
-
-    @property
-    def latent(self) -> int:
-        return DIMS[self.cache_format] - 64
-
-    def bytes(self) -> int:
-        """Bytes that must move: bfloat16 tokens and slots in (cosines, sines too), rows out."""
-        rotation = 2 * 32 * 4 if self.fused else 0
-        read = 2 * DIMS[self.cache_format] + 4 + rotation
-        return self.tokens * (read + TOKEN_BYTES[self.cache_format])
-
-
-def append_rows() -> tuple[AppendCase, ...]:
-    """Appends of one decoding step, of a chunk of prefill, and of over 100 MB."""
-    return tuple(
-        AppendCase(cache_format, tokens, fused)
-        for cache_format in TOKEN_BYTES
-        for fused in (False, True)
-        for tokens in (128, 8192, 131072)
-    )
-
-
 def benchmark_slots(case: BenchmarkCase, pool_slots: int, seed: int = 0) -> np.ndarray:
     """int32[b, s_q, topk + extra_topk]: distinct slots for each query token, scattered.
 

@@ -437,8 +437,17 @@ def test_bad_calls_are_refused_while_tracing(nothing_launched):
             "one key head.*h_kv=2",
         ),
         (prefill, {"kv": array(9, 2, 32, dtype=BF16)}, "one key head.*h_kv=2"),
-        (sparse, {"implementation": "cuda"}, "no CUDA kernel"),
         (prefill, {"implementation": "cuda"}, "no CUDA kernel"),
+        (
+            sparse,
+            {"head_dim_v": 448, "implementation": "cuda"},
+            "head dimensions are 576 and head_dim_v=448; the kernel takes 576 and 512",
+        ),
+        (
+            sparse,
+            {"q": array(2, 1, 4, 576, dtype=F32), "implementation": "cuda"},
+            "float32.*'fp8_v32'.*bfloat16",
+        ),
         (dense, {"implementation": "cuda"}, "head dimensions are 32.*576 and 512"),
         (
             dense,
@@ -450,7 +459,15 @@ def test_bad_calls_are_refused_while_tracing(nothing_launched):
             "float32",
         ),
     ],
-    ids=["sparse h_kv", "prefill h_kv", "sparse", "prefill", "dims", "float32"],
+    ids=[
+        "sparse h_kv",
+        "prefill h_kv",
+        "prefill",
+        "sparse dims",
+        "sparse float32",
+        "dims",
+        "float32",
+    ],
 )
 def test_unsupported_calls_say_why(good, changes, reason):
     with pytest.raises(NotImplementedError, match=reason):

@@ -21,6 +21,7 @@ sys.path.append(str(ROOT))  # behind an installed jax_flashmla
 
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import (  # noqa: E402
+    cache_ops,
     end_to_end,
     inside_jax,
     measure,
@@ -196,7 +197,8 @@ def test_the_report_shows_every_section_and_failures():
     result["end_to_end"] = [step_row(stack) for stack in end_to_end.STACKS]
     result["errors"] = [{"section": "xla", "case": "b1", "error": "RuntimeError: no"}]
     text = report.full_text(result)
-    for table in report.TABLES.values():
+    for name in sections.NAMES:
+        table = report.TABLES[name]
         assert table.title in text and table.header() in text
     assert "failed: xla b1: RuntimeError: no" in text
     assert "geometric mean of the ratio: 1.20" in text
@@ -453,6 +455,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(
         end_to_end, "measure_stack", lambda timer, stack, unrolled: step_row(stack, unrolled)
     )
+    monkeypatch.setattr(
+        cache_ops, "measure_case", lambda case, *_: cache_ops.row_of(case, case.bytes() / 2e6)
+    )
 
 
 def test_without_a_section_the_rows_are_measured(gpu, tmp_path, capsys):
@@ -482,6 +487,7 @@ def test_a_failing_section_does_not_stop_the_others(gpu, tmp_path, capsys):
     assert result["inside_jax"] == [] and len(result["xla"]) == len(sections.items("xla"))
     assert len(result["rows"]) == 53 and len(result["metadata"]) == 7
     assert [row["program"] for row in result["end_to_end"]] == ["unrolled"] * 3
+    assert len(result["cache"]) == len(cache_ops.cases()) and "sparse" not in result
     assert {error["section"] for error in result["errors"]} == {"inside_jax"}
     assert result["errors"][0]["error"] == "RuntimeError: toy failure"
     assert "failed: inside_jax b1-sk512-h8-sq1: toy failure" in captured.out

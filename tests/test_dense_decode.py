@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import cases
 import jax
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_flashmla import _cuda
+from jax_flashmla import _cuda, quantization
 from jax_flashmla.cache import PagedKVCache
 from jax_flashmla.decode import dense_operation, flash_mla_with_kvcache
 from jax_flashmla.metadata import get_mla_metadata
@@ -464,13 +465,19 @@ def test_memory_of_the_largest_benchmark_is_bounded(causal):
 # ------------------------------------------------------------------ what the kernel takes
 
 
-def kernel_declines(d, dv, dtype=jnp.bfloat16, page_size=64):
+def kernel_declines(d, dv, dtype=jnp.bfloat16, page_size=64, cache_format="plain"):
+    shape = jax.ShapeDtypeStruct
+    k_cache = {
+        "plain": shape((6, page_size, 1, d), dtype),
+        "fp8_v32": shape((6, page_size, 1, 656), jnp.uint8),
+        "fp8_v4": shape((6, quantization.page_bytes(page_size)), jnp.uint8),
+    }[cache_format]
     operands = {
-        "q": jax.ShapeDtypeStruct((2, 1, 4, d), dtype),
-        "k_cache": jax.ShapeDtypeStruct((6, page_size, 1, d), dtype),
-        "block_table": jax.ShapeDtypeStruct((2, 3), jnp.int32),
+        "q": shape((2, 1, 4, d), dtype),
+        "k_cache": k_cache,
+        "block_table": shape((2, 3), jnp.int32),
     }
-    static = {"cache_format": "plain", "page_size": page_size}
+    static = {"cache_format": cache_format, "page_size": page_size}
     return _cuda.dense_decode_declines(operands, head_dim_v=dv, **static)
 
 
@@ -489,6 +496,25 @@ def test_kernel_names_the_head_dimensions_it_takes(d, dv):
     assert reason.startswith(f"head dimensions are {d} and head_dim_v={dv};")
     for pair in _cuda.DENSE_DIMS:
         assert f"{pair[0]} and {pair[1]}" in reason
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 7, 48, 64, 100])
+def test_kernel_takes_fp8_caches_of_any_page_size(page_size):
+    assert kernel_declines(576, 512, page_size=page_size, cache_format="fp8_v32") is None
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"dtype": jnp.float32}, "q has dtype float32.*'fp8_v32'.*takes bfloat16"),
+        ({"dv": 256}, "are 576 and head_dim_v=256; the kernel takes 576 and 512"),
+        ({"d": 512, "cache_format": "fp8_v4"}, "no kernel for dense decode.*'fp8_v4'"),
+    ],
+    ids=["float32", "head_dim_v", "fp8_v4"],
+)
+def test_kernel_says_what_it_does_not_take_of_fp8_caches(call, reason):
+    call = {"d": 576, "dv": 512, "cache_format": "fp8_v32"} | call
+    assert re.search(reason, kernel_declines(**call))
 
 
 # ------------------------------------------------------------------ the lists of cases

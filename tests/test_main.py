@@ -225,9 +225,9 @@ def test_bad_options(capsys, options, text):
 
 def test_cuda_where_there_is_none(capsys):
     with pytest.raises(SystemExit) as stopped:
-        program.main(["--implementation", "cuda", "--cache-format", "fp8_v32"])
+        program.main(["--implementation", "cuda", "--dtype", "float32"])
     assert stopped.value.code == 2
-    assert "cuda cannot run this loop: there is no kernel" in capsys.readouterr().err
+    assert "cuda cannot run this loop: q has dtype float32" in capsys.readouterr().err
 
 
 def test_help(capsys):
@@ -338,12 +338,16 @@ def other_layer(table, page_offset, *, num_pages):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, page_size", [("bfloat16", 64), ("float16", 16)])
-def test_program_on_the_kernels(capsys, dtype, page_size):
+@pytest.mark.parametrize(
+    "cache_format, dtype, page_size",
+    [("plain", "bfloat16", 64), ("plain", "float16", 16), ("fp8_v32", "bfloat16", 61)],
+)
+def test_program_on_the_kernels(capsys, cache_format, dtype, page_size):
     sizes = f"--batch 5 --steps 30 --heads 20 --layers 3 --context 900 --page-size {page_size}"
-    assert program.main(f"{sizes} --dtype {dtype} --implementation cuda".split()) == 0
+    kind = f"--cache-format {cache_format} --dtype {dtype} --implementation cuda"
+    assert program.main(f"{sizes} {kind}".split()) == 0
     text = capsys.readouterr().out
-    assert f"plain cache, {dtype}, cuda" in text and "FAIL" not in text
+    assert f"{cache_format} cache, {dtype}, cuda" in text and "FAIL" not in text
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_cases import public_call as call_of
 
+from jax_flashmla import _cuda, quantization
 from jax_flashmla.cache import PagedKVCache
-from jax_flashmla.decode import flash_mla_with_kvcache
+from jax_flashmla.decode import flash_mla_with_kvcache, sparse_operation
 from jax_flashmla.metadata import get_mla_metadata
+from jax_flashmla.reference import scheduler
 
 STATIC = (
     "head_dim_v",
@@ -28,34 +31,6 @@ STATIC = (
 decode = functools.partial(
     jax.jit(flash_mla_with_kvcache, static_argnames=STATIC), implementation="xla"
 )
-
-
-def call_of(inputs):
-    """The inputs as keyword arguments of the public function."""
-    case = inputs.case
-
-    def cache(part, page_size):
-        if part is None:
-            return None
-        if case.cache_format == "fp8_v4":
-            return PagedKVCache(jnp.asarray(part.data), "fp8_v4", page_size)
-        return part.data
-
-    return {
-        "q": inputs.q,
-        "k_cache": cache(inputs.cache, case.page_size),
-        "block_table": None,
-        "cache_seqlens": None,
-        "head_dim_v": case.dv,
-        "softmax_scale": case.softmax_scale,
-        "is_fp8_kvcache": case.cache_format != "plain",
-        "indices": inputs.indices,
-        "attn_sink": inputs.attn_sink,
-        "extra_k_cache": cache(inputs.extra_cache, case.extra_page_size),
-        "extra_indices_in_kvcache": inputs.extra_indices,
-        "topk_length": inputs.topk_length,
-        "extra_topk_length": inputs.extra_topk_length,
-    }
 
 
 def run(call, **changes):
@@ -350,3 +325,107 @@ def test_memory_is_bounded():
         indices=shape((b, s_q, topk), jnp.int32),
     ).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 512e6
+
+
+# ------------------------------------------------------------------ what the kernel takes
+
+
+def kernel_declines(
+    cache_format, d, dv=512, dtype=jnp.bfloat16, page_size=64, topk=10, extra_page_size=None
+):
+    shape = jax.ShapeDtypeStruct
+
+    def data(page_size):
+        return {
+            "plain": shape((6, page_size, 1, d), dtype),
+            "fp8_v32": shape((6, page_size, 1, 656), jnp.uint8),
+            "fp8_v4": shape((6, quantization.page_bytes(page_size)), jnp.uint8),
+        }[cache_format]
+
+    operands = dict.fromkeys(sparse_operation.operands)
+    operands |= {
+        "q": shape((2, 1, 4, d), dtype),
+        "k_cache": data(page_size),
+        "indices": shape((2, 1, topk), jnp.int32),
+    }
+    if extra_page_size is not None:
+        operands["extra_k_cache"] = data(extra_page_size)
+        operands["extra_indices"] = shape((2, 1, topk), jnp.int32)
+    static = {"page_size": page_size, "extra_page_size": extra_page_size, "softmax_scale": 1.0}
+    return _cuda.sparse_decode_declines(
+        operands, head_dim_v=dv, cache_format=cache_format, **static
+    )
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 53, 64])
+@pytest.mark.parametrize(
+    ("cache_format", "d", "dtype"),
+    [
+        ("plain", 576, jnp.bfloat16),
+        ("plain", 512, jnp.bfloat16),
+        ("plain", 576, jnp.float16),
+        ("fp8_v32", 576, jnp.bfloat16),
+        ("fp8_v4", 512, jnp.bfloat16),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_kernel_takes_these_caches(cache_format, d, dtype, page_size):
+    for topk in (0, 1, 64, 2048):
+        assert kernel_declines(cache_format, d, 512, dtype, page_size, topk) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (
+            {"cache_format": "plain", "d": 576, "dtype": jnp.float32},
+            "q has dtype float32; the kernel takes bfloat16 and float16",
+        ),
+        (
+            {"cache_format": "fp8_v4", "d": 512, "dtype": jnp.float32},
+            "q has dtype float32; over a cache of format 'fp8_v4' the kernel takes bfloat16",
+        ),
+        (
+            {"cache_format": "plain", "d": 320, "dv": 256},
+            "head dimensions are 320 and head_dim_v=256; the kernel takes the pairs "
+            "576 and 512, 512 and 512",
+        ),
+        (
+            {"cache_format": "fp8_v4", "d": 512, "dv": 448},
+            "head dimensions are 512 and head_dim_v=448; the kernel takes 512 and 512",
+        ),
+        (
+            {"cache_format": "fp8_v32", "d": 576, "topk": 2**31},
+            "a dimension is larger than 2^31 - 1",
+        ),
+    ],
+    ids=["plain float32", "FP8 float32", "plain dims", "FP8 dims", "topk"],
+)
+def test_kernel_says_what_it_does_not_take(call, reason):
+    assert kernel_declines(**call) == reason
+
+
+def test_kernel_takes_v4_pages_of_as_many_bytes_as_it_can_count():
+    """2^31 - 1 for both caches; the other formats have no such limit."""
+    most = (2**31 - 1) // 576 * 576 // 584  # padding to a multiple of 576 bytes is less than 584
+    assert quantization.page_bytes(most) < 2**31 <= quantization.page_bytes(most + 1)
+    takes = functools.partial(kernel_declines, "fp8_v4", 512)
+    assert takes(page_size=most, extra_page_size=most) is None
+    reason = (
+        f"V4 pages of {most + 1} tokens have {quantization.page_bytes(most + 1)} bytes; the kernel "
+        "takes up to 2^31 - 1"
+    )
+    assert takes(page_size=most + 1) == reason
+    assert takes(page_size=64, extra_page_size=most + 1) == reason
+    assert kernel_declines("fp8_v32", 576, page_size=most + 1) is None
+
+
+@pytest.mark.parametrize("extra_topk", [None, 0, 1, 64, 700])
+@pytest.mark.parametrize("topk", [0, 1, 63, 64, 65, 250, 300, 2048])
+def test_batch_invariant_workspace_has_room_for_all_pieces(topk, extra_topk):
+    """Each cache's choices are in blocks of their own, so the blocks count, not the choices."""
+    blocks = -(-topk // 64) + -(-(extra_topk or 0) // 64)
+    pieces = -(-blocks // int(scheduler.split_blocks(jnp.int32(blocks))))
+    room = _cuda.max_invariant_splits(_cuda.selected_capacity(topk, extra_topk))
+    assert 1 <= room and pieces <= room <= 16
+    assert room == max(pieces, 1) or blocks > 64

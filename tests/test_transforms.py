@@ -327,6 +327,96 @@ def test_export_for_cuda_without_a_gpu(monkeypatch):
     assert "flashmla" not in lowered.as_text()
 
 
+PARTS, TOPK_OF_KERNELS = 7, 300
+
+
+def kernel_call(cache_format, *, sparse, extra):
+    """A jitted function, its operands' shapes, and the attributes of its FFI call."""
+    shape = jax.ShapeDtypeStruct
+    d = 512 if cache_format == "fp8_v4" else 576
+
+    def cache(pages, page_size):
+        make = functools.partial(PagedKVCache.zeros, format=cache_format)
+        return jax.eval_shape(functools.partial(make, pages, page_size))
+
+    arrays = {"q": shape((2, 3, 16, d), jnp.bfloat16), "k_cache": cache(8, 64)}
+    attributes = {"cache_format": {"plain": 0, "fp8_v32": 1, "fp8_v4": 2}[cache_format]}
+    attributes["page_size"] = 64
+    if sparse:
+        arrays["indices"] = shape((2, 3, TOPK_OF_KERNELS), jnp.int32)
+        attributes["extra_page_size"] = 2 if extra else 0
+    else:
+        arrays |= {"block_table": shape((2, 3), jnp.int32), "cache_seqlens": shape((2,), jnp.int32)}
+        attributes["causal"] = "true"
+    if extra:
+        arrays["extra_k_cache"] = cache(5, 2)
+        arrays["extra_indices_in_kvcache"] = shape((2, 3, 0), jnp.int32)
+    static = {"is_fp8_kvcache": cache_format != "plain", "causal": not sparse}
+
+    def call(arrays, batch_invariant):
+        absent = {} if not sparse else {"block_table": None, "cache_seqlens": None}
+        return flash_mla_with_kvcache(
+            **arrays,
+            **absent,
+            **static,
+            head_dim_v=512,
+            batch_invariant=batch_invariant,
+            num_sm_parts=PARTS,
+        )
+
+    return call, arrays, attributes
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "cache_format", "extra"),
+    [
+        ("dense", "plain", False),
+        ("dense", "fp8_v32", False),
+        ("sparse", "plain", False),
+        ("sparse", "fp8_v32", True),
+        ("sparse", "fp8_v4", True),
+    ],
+)
+def test_calls_of_the_kernels(monkeypatch, kind, cache_format, extra, batch_invariant):
+    """Attributes and workspace of the FFI calls, as exported on a machine without a GPU."""
+    monkeypatch.setattr(_dispatch, "cuda_devices", lambda: [])
+    call, arrays, attributes = kernel_call(cache_format, sparse=kind == "sparse", extra=extra)
+    target = f"flashmla_{kind}_decode"
+    exported = jax.export.export(
+        jax.jit(functools.partial(call, batch_invariant=batch_invariant)),
+        platforms=("cuda",),
+        disabled_checks=[
+            jax.export.DisabledSafetyCheck.custom_call(name)
+            for name in ("flashmla_metadata", target)
+        ],
+    )(arrays)
+    (line,) = (x for x in exported.mlir_module().splitlines() if f"@{target}(" in x)
+    found = dict(re.findall(r"(\w+) = (\w+)", re.search(r"backend_config = {(.*?)}", line)[1]))
+    attributes["batch_invariant"] = str(batch_invariant).lower()
+    expected = {name: str(value) for name, value in attributes.items()}
+    assert found.keys() - expected.keys() == {"softmax_scale"}
+    assert {name: found[name] for name in expected} == expected
+    operands, results = re.search(r": \((.*)\) -> \((.*?)\)", line).groups()
+    # 300 choices in 5 blocks, or a table of 192 tokens: batch-invariant pieces have 4 blocks.
+    slots = 2 * (2 if kind == "sparse" else 1) if batch_invariant else 2 * PARTS
+    assert re.findall(r"<(.*?)>", results) == [
+        "2x3x16x512xbf16",
+        "2x16x3xf32",
+        f"{slots}x1x48x512xf32",
+        f"{slots}x1x48xf32",
+        "1xi32",
+    ]
+    # Absent operands are empty; the choices of an extra cache may be, too, but with three axes.
+    operands = re.findall(r"<(.*?)>", operands)
+    lengths = ["2xi32", f"{PARTS}x8xi32", "0xf32"]
+    if kind == "dense":
+        assert operands[3:] == lengths
+    else:
+        assert operands[3:5] == ["0xi32", "0xf32"]
+        assert operands[6:] == ["2x3x0xi32" if extra else "0xi32", "0xi32", f"{PARTS}x8xi32"]
+
+
 def test_cuda_on_the_cpu_raises():
     operands = [jnp.zeros(s.shape, s.dtype) for s in kernel_shapes()]
     with jax.default_device(jax.devices("cpu")[0]):

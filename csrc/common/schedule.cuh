@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/schedule.h"
+#include "params.h"
 
 namespace flashmla::schedule {
 
@@ -56,43 +57,76 @@ __device__ __forceinline__ bool any_row_broken(const int32_t* schedule, const Ex
   return broken;
 }
 
-// A run of consecutive blocks of one request.
+// Consecutive blocks of one request.
 struct Piece {
   int request;
-  int length;       // tokens of the whole request
-  int first_block;  // first_block >= end_block: nothing to attend to
+  int length;        // tokens of the request's first run; its blocks come first
+  int extra_length;  // of its second run
+  int first_block;   // first_block >= end_block: nothing to attend to
   int end_block;
   int slot;     // where the partial result goes; -1: the piece is the whole request
   bool poison;  // the length does not fit the table: the result is NaN
 };
 
+// Requests of one run, whose lengths are given, and which are NaN if longer than fits.
+struct SequenceLengths {
+  const int32_t* lengths;
+  int64_t most;
+
+  __device__ __forceinline__ explicit SequenceLengths(const DecodeParams& p)
+      : lengths(p.runs[0].lengths), most(p.runs[0].most) {}
+
+  // Sets the lengths of the request and whether it is NaN; returns its blocks.
+  __device__ __forceinline__ int read(int request, Piece& piece) const {
+    const int length = lengths[request];
+    piece.poison = length > most;
+    // One poisoned block stands for a request whose length makes no sense.
+    piece.length = piece.poison ? 1 : max(length, 0);
+    piece.extra_length = 0;
+    return blocks_of(piece.length);
+  }
+};
+
+// Requests of two runs, whose lengths may be given and are clipped.
+struct ChoiceLengths {
+  const RunLengths (&runs)[kMaxRuns];
+
+  __device__ __forceinline__ explicit ChoiceLengths(const DecodeParams& p) : runs(p.runs) {}
+
+  __device__ __forceinline__ int read(int request, Piece& piece) const {
+    piece.poison = false;
+    piece.length = clipped(runs[0], request);
+    piece.extra_length = clipped(runs[1], request);
+    return blocks_of(piece.length) + blocks_of(piece.extra_length);
+  }
+
+ private:
+  __device__ __forceinline__ static int clipped(const RunLengths& run, int request) {
+    const int most = static_cast<int>(run.most);
+    return run.lengths == nullptr ? most : max(min(run.lengths[request], most), 0);
+  }
+};
+
 // Walks over the pieces of one part of a schedule that is not broken. Every warp role walks on its
 // own and sees the same pieces.
+template <typename Lengths>
 class PieceWalk {
  public:
-  __device__ PieceWalk(const Row& row, int part, const int32_t* cache_seqlens, int64_t capacity,
-                       bool batch_invariant, int slots_per_request)
-      : cache_seqlens_(cache_seqlens),
-        capacity_(capacity),
-        part_(part),
-        slots_per_request_(slots_per_request),
-        batch_invariant_(batch_invariant) {
+  __device__ __forceinline__ PieceWalk(const DecodeParams& p, int part) : part_(part) {
+    const Row row = load_row(p.schedule, part);
     request_ = row.begin_request;
     unit_ = row.begin_unit;
     end_request_ = row.end_request;
     end_unit_ = row.end_unit;
   }
 
-  __device__ __forceinline__ bool next(Piece& piece) {
+  __device__ __forceinline__ bool next(const DecodeParams& p, Piece& piece) {
+    const Lengths lengths(p);
     while (request_ < end_request_ || (request_ == end_request_ && end_unit_ > 0)) {
-      const int length = cache_seqlens_[request_];
       piece.request = request_;
-      piece.poison = length > capacity_;
-      // One poisoned block stands for a request whose length makes no sense.
-      piece.length = piece.poison ? 1 : max(length, 0);
-      const int blocks = blocks_of(piece.length);
+      const int blocks = lengths.read(request_, piece);
       const bool stops_here = request_ == end_request_;
-      if (!batch_invariant_) {
+      if (!p.batch_invariant) {
         piece.first_block = min(unit_, blocks);
         piece.end_block = stops_here ? min(end_unit_, blocks) : blocks;
         // Of a part's pieces only the first can start inside a request and only the last can
@@ -118,7 +152,7 @@ class PieceWalk {
       }
       piece.first_block = unit_ * split_blocks;
       piece.end_block = min(piece.first_block + split_blocks, blocks);
-      piece.slot = request_ * slots_per_request_ + unit_;
+      piece.slot = request_ * p.slots_per_request + unit_;
       ++unit_;
       return true;
     }
@@ -131,15 +165,11 @@ class PieceWalk {
     unit_ = 0;
   }
 
-  const int32_t* cache_seqlens_;
-  int64_t capacity_;
   int part_;
-  int slots_per_request_;
   int request_;
   int unit_;
   int end_request_;
   int end_unit_;
-  bool batch_invariant_;
 };
 
 }  // namespace flashmla::schedule

@@ -44,6 +44,13 @@ inline Status compute_capability(int* capability) {
 
 }  // namespace flashmla
 
+// Returns from the enclosing function with the ffi::Error that `expr` gives, unless it succeeded.
+#define FLASHMLA_RETURN_IF_FAILURE(expr) \
+  do {                                   \
+    ::xla::ffi::Error error_ = (expr);   \
+    if (error_.failure()) return error_; \
+  } while (0)
+
 // Returns InvalidArgument with the expression and shapes() (a std::string) unless `condition`.
 #define FLASHMLA_CHECK(op, condition, shapes)                                                      \
   do {                                                                                             \

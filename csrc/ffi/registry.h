@@ -9,8 +9,11 @@
 #include "xla/ffi/api/c_api.h"
 
 extern "C" {
+XLA_FFI_Error* FlashMlaCacheAppend(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* FlashMlaCacheGather(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* FlashMlaDenseDecode(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* FlashMlaMetadata(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* FlashMlaSparseDecode(XLA_FFI_CallFrame* call_frame);
 }
 
 namespace flashmla {
@@ -21,8 +24,11 @@ struct Registration {
 };
 
 inline constexpr Registration kRegistrations[] = {
+    {"flashmla_cache_append", FlashMlaCacheAppend},
+    {"flashmla_cache_gather", FlashMlaCacheGather},
     {"flashmla_dense_decode", FlashMlaDenseDecode},
     {"flashmla_metadata", FlashMlaMetadata},
+    {"flashmla_sparse_decode", FlashMlaSparseDecode},
 };
 
 }  // namespace flashmla

@@ -37,13 +37,13 @@ struct Slots {
 
 // Whether a group of CTAs is launched for each request, or for each part: whichever are fewer,
 // since a CTA that finds nothing to merge costs its launch.
-__host__ __device__ __forceinline__ bool merge_by_request(const DenseDecodeParams& p) {
+__host__ __device__ __forceinline__ bool merge_by_request(const DecodeParams& p) {
   return p.batch_invariant || p.batch <= p.num_parts;
 }
 
 // The request that `part` begins and leaves unfinished, if any: count is 0 otherwise. Every split
 // request has exactly one such part; the other pieces are the first ones of the parts after it.
-__device__ Slots find_slots_of_part(const DenseDecodeParams& p, int part, int* request) {
+__device__ Slots find_slots_of_part(const DecodeParams& p, int part, int* request) {
   const schedule::Row row = schedule::load_row(p.schedule, part);
   *request = row.end_request;
   if (row.end_unit == 0 ||
@@ -64,7 +64,7 @@ __device__ Slots find_slots_of_part(const DenseDecodeParams& p, int part, int* r
 }
 
 // The pieces of `request`, wherever it begins.
-__device__ Slots find_slots_of_request(const DenseDecodeParams& p, int request) {
+__device__ Slots find_slots_of_request(const DecodeParams& p, int request) {
   __shared__ int first_part;
   __shared__ int last_part;
   for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
@@ -81,10 +81,10 @@ __device__ Slots find_slots_of_request(const DenseDecodeParams& p, int request) 
   return {last_part - first_part + 1, int64_t{2} * first_part + 1, int64_t{2} * first_part, 2};
 }
 
-__device__ Slots invariant_slots(const DenseDecodeParams& p, int request) {
-  const int length = p.cache_seqlens[request];
-  if (length > static_cast<int64_t>(p.table_width) * p.page_size) return {1, 0, 0, 0};
-  const int blocks = schedule::blocks_of(length);
+__device__ Slots invariant_slots(const DecodeParams& p, int request) {
+  schedule::Piece piece;
+  const int blocks = p.longer_is_nan ? schedule::SequenceLengths(p).read(request, piece)
+                                     : schedule::ChoiceLengths(p).read(request, piece);
   const int splits = schedule::ceil_div(blocks, schedule::invariant_split_blocks(blocks));
   const int64_t first = static_cast<int64_t>(request) * p.slots_per_request;
   return {splits, first, first, 1};
@@ -152,7 +152,7 @@ class WeightedSum {
 // warps share the pieces of a row: consecutive runs, added up in ascending order.
 template <typename T, int kDimV, int kWarpsPerRow>
 __global__ void __launch_bounds__(kThreads)
-    combine_kernel(const DenseDecodeParams p, int rows, int row_groups) {
+    combine_kernel(const DecodeParams p, int rows, int row_groups) {
   constexpr int kRowsPerCta = kWarps / kWarpsPerRow;
   constexpr int kVectors = kDimV / 4 / 32;  // float4 of a lane
   ptx::grid_dependency_launch();
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kDimV, int kWarpsPerRow>
-Status launch_kernel(const DenseDecodeParams& p, cudaStream_t stream) {
+Status launch_kernel(const DecodeParams& p, cudaStream_t stream) {
   const int rows = p.seq_q * p.heads_q / p.heads_kv;
   const int row_groups = schedule::ceil_div(rows * p.heads_kv, kWarps / kWarpsPerRow);
   const int64_t ctas =
@@ -252,7 +252,7 @@ Status launch_kernel(const DenseDecodeParams& p, cudaStream_t stream) {
 }
 
 template <typename T, int kDimV>
-Status launch(const DenseDecodeParams& p, cudaStream_t stream) {
+Status launch(const DecodeParams& p, cudaStream_t stream) {
   // The order of additions, hence the variant, must not depend on the batch here.
   if (p.batch_invariant) return launch_kernel<T, kDimV, 4>(p, stream);
   // So many warps that each has a few pieces, whose values are then all on their way at once.
@@ -264,7 +264,7 @@ Status launch(const DenseDecodeParams& p, cudaStream_t stream) {
 }
 
 template <typename T>
-Status launch(const DenseDecodeParams& p, cudaStream_t stream) {
+Status launch(const DecodeParams& p, cudaStream_t stream) {
   if (p.head_dim_v == 512) return launch<T, 512>(p, stream);
   if (p.head_dim_v == 256) return launch<T, 256>(p, stream);
   return {cudaErrorNotSupported, "head_dim_v of the merge kernel"};
@@ -272,7 +272,7 @@ Status launch(const DenseDecodeParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-Status launch_combine(const DenseDecodeParams& params, cudaStream_t stream) {
+Status launch_combine(const DecodeParams& params, cudaStream_t stream) {
   // One part takes every request whole.
   if (params.num_parts == 1 && !params.batch_invariant) return {};
   return params.dtype == DataType::kFloat16 ? launch<__half>(params, stream)

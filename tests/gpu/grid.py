@@ -223,6 +223,64 @@ def _worst(old: dict[str, jax.Array], error, index, got, want) -> dict[str, jax.
     return {name: jnp.where(new["error"] > old["error"], new[name], old[name]) for name in old}
 
 
+def no_errors() -> dict[str, Any]:
+    """What ``account`` starts from."""
+    none = {
+        "error": jnp.float32(-1),
+        "index": jnp.int32(-1),
+        "got": jnp.float32(0),
+        "want": jnp.float32(0),
+    }
+    worst = ("worst", "worst_bad", "worst_lse", "worst_bad_lse")
+    state = {name: jnp.int32(0) for name in ("rows", "bad", "bad_lse")}
+    state |= {"sums": jnp.zeros(3), "sums_lse": jnp.zeros(3)}
+    return state | {name: none for name in worst}
+
+
+def account(
+    state: dict[str, Any],
+    op: str,
+    got: jax.Array,
+    want: jax.Array,
+    got_lse: jax.Array,
+    want_lse: jax.Array,
+    valid: jax.Array,
+    out_row: jax.Array,
+    lse_index: jax.Array,
+) -> dict[str, Any]:
+    """Adds rows of results, those that are ``valid``, to the errors found so far.
+
+    ``out_row`` and ``lse_index`` say where in the results of the case they are.
+    """
+    dv = got.shape[-1]
+    bad, error, sums = _judge(got, want, valid[..., None], oracle.TOLERANCES[op, "out"])
+    index = out_row[..., None] * dv + jnp.arange(dv)
+    bad_lse, error_lse, sums_lse = _judge(got_lse, want_lse, valid, oracle.TOLERANCES[op, "lse"])
+    return {
+        "rows": state["rows"] + jnp.sum(valid),
+        "bad": state["bad"] + jnp.sum(bad),
+        "bad_lse": state["bad_lse"] + jnp.sum(bad_lse),
+        "sums": state["sums"] + sums,
+        "sums_lse": state["sums_lse"] + sums_lse,
+        "worst": _worst(state["worst"], error, index, got, want),
+        "worst_bad": _worst(state["worst_bad"], jnp.where(bad, error, -1.0), index, got, want),
+        "worst_lse": _worst(state["worst_lse"], error_lse, lse_index, got_lse, want_lse),
+        "worst_bad_lse": _worst(
+            state["worst_bad_lse"],
+            jnp.where(bad_lse, error_lse, -1.0),
+            lse_index,
+            got_lse,
+            want_lse,
+        ),
+    }
+
+
+def written_after(out: jax.Array, lse: jax.Array, rows: jax.Array) -> jax.Array:
+    """How many elements that no row of the case owns are not as they were."""
+    after = jnp.arange(out.shape[0]) >= rows
+    return jnp.sum(~jnp.isnan(out) & after[:, None]) + jnp.sum(~jnp.isnan(lse) & after)
+
+
 @_jit
 def _compare(
     pool: jax.Array,
@@ -291,48 +349,13 @@ def _compare(
         want = _rounded(want, out.dtype)
         got, got_lse = out[out_row].astype(jnp.float32), lse[lse_index]
 
-        bad, error, sums = _judge(
-            got, want, valid[..., None], oracle.TOLERANCES["dense_decode", "out"]
+        return account(
+            state, "dense_decode", got, want, got_lse, want_lse, valid, out_row, lse_index
         )
-        index = out_row[..., None] * dv + jnp.arange(dv)
-        bad_lse, error_lse, sums_lse = _judge(
-            got_lse, want_lse, valid, oracle.TOLERANCES["dense_decode", "lse"]
-        )
-        return {
-            "rows": state["rows"] + jnp.sum(valid),
-            "bad": state["bad"] + jnp.sum(bad),
-            "bad_lse": state["bad_lse"] + jnp.sum(bad_lse),
-            "sums": state["sums"] + sums,
-            "sums_lse": state["sums_lse"] + sums_lse,
-            "worst": _worst(state["worst"], error, index, got, want),
-            "worst_bad": _worst(state["worst_bad"], jnp.where(bad, error, -1.0), index, got, want),
-            "worst_lse": _worst(state["worst_lse"], error_lse, lse_index, got_lse, want_lse),
-            "worst_bad_lse": _worst(
-                state["worst_bad_lse"],
-                jnp.where(bad_lse, error_lse, -1.0),
-                lse_index,
-                got_lse,
-                want_lse,
-            ),
-        }
 
-    none = {
-        "error": jnp.float32(-1),
-        "index": jnp.int32(-1),
-        "got": jnp.float32(0),
-        "want": jnp.float32(0),
-    }
-    worst = ("worst", "worst_bad", "worst_lse", "worst_bad_lse")
-    state = {name: jnp.int32(0) for name in ("rows", "bad", "bad_lse")}
-    state |= {"sums": jnp.zeros(3), "sums_lse": jnp.zeros(3)}
-    state |= {name: none for name in worst}
     chunks = (n["items"] + _ITEMS - 1) // _ITEMS
-    result = lax.fori_loop(0, chunks, chunk, state)
-    # What no row of the case owns must still be as it was.
-    after = jnp.arange(out.shape[0]) >= n["rows"]
-    result["written_after"] = jnp.sum(~jnp.isnan(out) & after[:, None])
-    result["written_after"] += jnp.sum(~jnp.isnan(lse) & after)
-    return result
+    result = lax.fori_loop(0, chunks, chunk, no_errors())
+    return result | {"written_after": written_after(out, lse, n["rows"])}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -354,6 +377,65 @@ def _relative_norm(sums: np.ndarray) -> float:
 def _cosine_difference(sums: np.ndarray) -> float:
     """1 - 2 sum(x y) / sum(x^2 + y^2), which is sum((x - y)^2) / sum(x^2 + y^2)."""
     return float(sums[0] / (sums[1] + sums[2])) if sums[1] + sums[2] else 0.0
+
+
+def judged(
+    op: str,
+    case: Any,
+    found: dict[str, Any],
+    rows: int,
+    different: int,
+    *,
+    by_norm: bool = False,
+) -> tuple[list[str], dict[str, float]]:
+    """Failures and errors of a case with s_q, h_q and dv, from what the device has found."""
+    failures = []
+
+    def describe(worst: dict[str, Any], columns: int, count: int, result: str) -> str:
+        index, column = divmod(int(worst["index"]), columns)
+        if result == "out":
+            row, head = divmod(index, case.h_q)
+            at = (*divmod(row, case.s_q), head, column)
+        else:
+            row, token = divmod(index, case.s_q)
+            at = (*divmod(row, case.h_q), token)
+        return (
+            f"{result}: {count} elements are out of tolerance, the worst at {at}: "
+            f"{worst['got']:.6g} instead of {worst['want']:.6g}"
+        )
+
+    if int(found["rows"]) != rows:
+        failures.append(f"compared {found['rows']} rows instead of {rows}")
+    if found["written_after"]:
+        failures.append(f"{found['written_after']} elements were written past the results")
+    if different:
+        failures.append(f"a second run gave {different} elements with other bits")
+    errors = {
+        "out_abs": float(found["worst"]["error"]),
+        "out_cos": _cosine_difference(found["sums"]),
+        "out_norm": _relative_norm(found["sums"]),
+        "lse_abs": float(found["worst_lse"]["error"]),
+        "lse_cos": _cosine_difference(found["sums_lse"]),
+        "lse_norm": _relative_norm(found["sums_lse"]),
+    }
+    # An infinite error is a NaN or an infinity where there should be none.
+    by_element = (
+        ("out", "worst_bad", found["bad"], errors["out_abs"], case.dv),
+        ("lse", "worst_bad_lse", found["bad_lse"], errors["lse_abs"], 1),
+    )
+    for result, worst, count, error, columns in by_element:
+        if count and not (by_norm and math.isfinite(error)):
+            failures.append(describe(found[worst], columns, int(count), result))
+    limits = {
+        "out_cos": oracle.TOLERANCES[op, "out"].cos,
+        "lse_cos": oracle.TOLERANCES[op, "lse"].cos,
+    }
+    if by_norm:
+        limits = {"out_norm": oracle.RELATIVE_NORM, "lse_norm": LSE_NORM}
+    for name, limit in limits.items():
+        if not errors[name] <= limit:
+            failures.append(f"{name} is {errors[name]:.3e}, more than {limit}")
+    return failures, errors
 
 
 class Runner:
@@ -535,57 +617,7 @@ class Runner:
                 np.float32(scale),
             )
         )
-        return self._judged(problem, found, rows, different)
-
-    def _judged(self, problem: Problem, found: dict[str, Any], rows: int, different: int):
-        failures = []
-        case = problem.case
-
-        def describe(worst: dict[str, Any], columns: int, count: int, result: str) -> str:
-            index, column = divmod(int(worst["index"]), columns)
-            if result == "out":
-                row, head = divmod(index, case.h_q)
-                at = (*divmod(row, case.s_q), head, column)
-            else:
-                row, token = divmod(index, case.s_q)
-                at = (*divmod(row, case.h_q), token)
-            return (
-                f"{result}: {count} elements are out of tolerance, the worst at {at}: "
-                f"{worst['got']:.6g} instead of {worst['want']:.6g}"
-            )
-
-        if int(found["rows"]) != rows:
-            failures.append(f"compared {found['rows']} rows instead of {rows}")
-        if found["written_after"]:
-            failures.append(f"{found['written_after']} elements were written past the results")
-        if different:
-            failures.append(f"a second run gave {different} elements with other bits")
-        errors = {
-            "out_abs": float(found["worst"]["error"]),
-            "out_cos": _cosine_difference(found["sums"]),
-            "out_norm": _relative_norm(found["sums"]),
-            "lse_abs": float(found["worst_lse"]["error"]),
-            "lse_cos": _cosine_difference(found["sums_lse"]),
-            "lse_norm": _relative_norm(found["sums_lse"]),
-        }
-        # An infinite error is a NaN or an infinity where there should be none.
-        by_element = (
-            ("out", "worst_bad", found["bad"], errors["out_abs"], case.dv),
-            ("lse", "worst_bad_lse", found["bad_lse"], errors["lse_abs"], 1),
-        )
-        for result, worst, count, error, columns in by_element:
-            if count and not (problem.by_norm and math.isfinite(error)):
-                failures.append(describe(found[worst], columns, int(count), result))
-        limits = {
-            "out_cos": oracle.TOLERANCES["dense_decode", "out"].cos,
-            "lse_cos": oracle.TOLERANCES["dense_decode", "lse"].cos,
-        }
-        if problem.by_norm:
-            limits = {"out_norm": oracle.RELATIVE_NORM, "lse_norm": LSE_NORM}
-        for name, limit in limits.items():
-            if not errors[name] <= limit:
-                failures.append(f"{name} is {errors[name]:.3e}, more than {limit}")
-        return failures, errors
+        return judged("dense_decode", case, found, rows, different, by_norm=problem.by_norm)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -733,35 +765,44 @@ def run_cases(
     return results
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def script_parser(description: str) -> argparse.ArgumentParser:
+    """Options that all grids have."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", required=True, type=Path, help="file of results, JSON lines")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--time-limit", type=float, help="stop before a new case after so many s")
     parser.add_argument("--filter", default="", help="only cases whose name contains this")
     parser.add_argument(
         "--summary", type=Path, help="file of the summary; default: beside --out, .summary.json"
     )
-    options = parser.parse_args(arguments)
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return parser
 
-    problems = [Problem(case) for case in cases.dense_grid(options.dtype)]
+
+def run_script(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    problems: list[Any],
+    make_run: Callable[[], Callable[[Any], Outcome]],
+    command: list[str],
+    facts: dict[str, Any],
+) -> int:
+    """Runs the problems that ``--filter`` leaves and writes a summary; returns the exit status.
+
+    ``command`` and ``facts`` are what is to be said of the run in particular.
+    """
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     problems = [p for p in problems if options.filter in p.name]
     if not problems:
         parser.error(f"no case has {options.filter!r} in its name")
     reason = _dispatch.kernels_missing()
     if reason is not None or jax.default_backend() != "gpu":
         parser.error(reason or f"JAX's default backend is {jax.default_backend()}, not a GPU")
-    facts = environment()
-    print(f"{facts['gpu']}, jax {facts['jax']}, kernels {facts['fingerprint']}", flush=True)
+    where = environment()
+    print(f"{where['gpu']}, jax {where['jax']}, kernels {where['fingerprint']}", flush=True)
     start = time.monotonic()
-    runner = Runner(options.dtype)
-    results = run_cases(problems, runner.run, options.out, facts["fingerprint"], options.time_limit)
-    # The directory of the results says nothing to anybody else.
-    command = ["python", "tests/gpu/grid.py", "--out", options.out.name, "--dtype", options.dtype]
-    command += ["--filter", options.filter] if options.filter else []
+    results = run_cases(problems, make_run(), options.out, where["fingerprint"], options.time_limit)
+    command = [*command, "--filter", options.filter] if options.filter else command
     command += ["--time-limit", f"{options.time_limit:g}"] if options.time_limit else []
-    facts = {"command": shlex.join(command), "started": started, "dtype": options.dtype, **facts}
+    facts = {"command": shlex.join(command), "started": started, **facts, **where}
     facts["seconds_of_last_run"] = round(time.monotonic() - start, 1)
     summary = summarise([p.name for p in problems], results, facts)
     text = json.dumps(summary, indent=2)
@@ -772,6 +813,22 @@ def main(arguments: list[str] | None = None) -> int:
     if summary["failed"]:
         return 1
     return 3 if summary["not_run"] else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = script_parser(__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    options = parser.parse_args(arguments)
+    # The directory of the results says nothing to anybody else.
+    command = ["python", "tests/gpu/grid.py", "--out", options.out.name, "--dtype", options.dtype]
+    return run_script(
+        parser,
+        options,
+        [Problem(case) for case in cases.dense_grid(options.dtype)],
+        lambda: Runner(options.dtype).run,
+        command,
+        {"dtype": options.dtype},
+    )
 
 
 if __name__ == "__main__":

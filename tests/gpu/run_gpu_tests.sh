@@ -5,7 +5,8 @@
 #
 #   tests/gpu/run_gpu_tests.sh [pytest arguments]
 #   PARTS="tests memcheck racecheck" chooses parts (default these three). PARTS=grid runs the whole
-#   grid of dense decode cases, or what of it is missing in $GRID_OUT (default grid.jsonl).
+#   grid of dense decode cases, or what of it is missing in $GRID_OUT (default grid.jsonl), and
+#   PARTS=sparse_grid that of sparse decode, in $SPARSE_GRID_OUT (default sparse_grid.jsonl).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
@@ -15,9 +16,9 @@ failed=()
 
 for part in $parts; do
   case $part in
-    tests | memcheck | racecheck | grid) ;;
+    tests | memcheck | racecheck | grid | sparse_grid) ;;
     *)
-      echo "unknown part '$part'; expected tests, memcheck, racecheck or grid" >&2
+      echo "unknown part '$part'; expected tests, memcheck, racecheck, grid or sparse_grid" >&2
       exit 2
       ;;
   esac
@@ -62,6 +63,12 @@ fi
 if [[ " $parts " == *" grid "* ]]; then
   step "grid of dense decode cases"
   "$python" -P tests/gpu/grid.py --out "${GRID_OUT:-grid.jsonl}" || failed+=("grid")
+fi
+
+if [[ " $parts " == *" sparse_grid "* ]]; then
+  step "grid of sparse decode cases"
+  "$python" -P tests/gpu/sparse_grid.py --out "${SPARSE_GRID_OUT:-sparse_grid.jsonl}" ||
+    failed+=("sparse_grid")
 fi
 
 step "result"

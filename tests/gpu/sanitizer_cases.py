@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cases  # noqa: E402
 import oracle  # noqa: E402
-from cases import DenseCase  # noqa: E402
+import sparse_cases  # noqa: E402
+from cases import DenseCase, SparseCase  # noqa: E402
 
 from jax_flashmla._cuda import DENSE_DIMS  # noqa: E402
 
@@ -222,6 +223,240 @@ def _bad_values() -> None:
     expected_out, expected_lse = inputs.expected()
     oracle.check("dense_decode", "out", out[3], expected_out[3])
     oracle.check("dense_decode", "lse", lse[3], expected_lse[3])
+
+
+# ------------------------------------------------------------------ sparse decode
+
+
+def _check_sparse(inputs: cases.SparseInputs, **options) -> None:
+    got = sparse_cases.raw_launcher(inputs, **options).run()
+    oracle.check_decode("sparse_decode", inputs, got)
+
+
+def _sparse(name: str, case: SparseCase, tools: tuple[str, ...] = TOOLS, **options) -> None:
+    case = dataclasses.replace(case, name=name)
+    _case(name, tools)(lambda: _check_sparse(cases.build_sparse(case), **options))
+
+
+_EXTRA = {"extra_topk": 70, "extra_slots": 130, "extra_page_size": 2, "extra_topk_length": True}
+
+for _kind, _format in sparse_cases.FORMATS.items():
+    if _kind == "v32":
+        continue  # the kernel is that of v32-arbitrary
+    # Whole and cut requests and an empty one, invalid indices, both caches.
+    _sparse(
+        f"sparse-{_kind}",
+        SparseCase(
+            "",
+            3,
+            200,
+            16,
+            s_q=2,
+            slots=305,
+            page_size=61,
+            topk_length=True,
+            attn_sink=True,
+            **_EXTRA,
+            **_format,
+        ),
+        num_sm_parts=3,
+    )
+    _sparse(
+        f"sparse-{_kind}-two-row-tiles",
+        SparseCase("", 2, 130, 128, slots=256, page_size=1, **_format),
+        num_sm_parts=2,
+    )
+    _sparse(
+        f"sparse-{_kind}-odd-heads-invariant",
+        SparseCase("", 2, 700, 65, slots=576, page_size=576, topk_length=True, **_format),
+        MEMCHECK,
+        batch_invariant=True,
+    )
+    _sparse(
+        f"sparse-{_kind}-one-choice",
+        SparseCase("", 1, 1, 1, slots=2, page_size=2, invalid=0.0, **_format),
+        MEMCHECK,
+    )
+    _sparse(
+        f"sparse-{_kind}-nothing-valid",
+        SparseCase("", 2, 130, 16, slots=64, invalid=1.0, extra_topk=7, **_format),
+        MEMCHECK,
+        num_sm_parts=7,
+    )
+
+
+@_case("sparse-garbage", MEMCHECK)
+def _sparse_garbage() -> None:
+    """Indices that lie anywhere, caches without pages, lengths past topk, choices of none."""
+    for name in ("plain-512", "v32", "v4"):
+        case = SparseCase("garbage", 3, 100, 16, slots=128, **_EXTRA, **sparse_cases.FORMATS[name])
+        inputs = sparse_cases.repaired(cases.build_sparse(case))
+        inputs.topk_length = np.int32([-5, 2**31 - 1, 101])
+        inputs.extra_topk_length = np.int32([2**31 - 1, -(2**31), 70])
+        clipped = dataclasses.replace(
+            inputs, topk_length=np.int32([0, 100, 100]), extra_topk_length=np.int32([70, 0, 70])
+        )
+        got = sparse_cases.raw_launcher(inputs, num_sm_parts=5).run()
+        oracle.check_decode("sparse_decode", clipped, got)
+        rng = np.random.default_rng(0)
+        low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+        inputs.indices = rng.integers(low, high, inputs.indices.shape, np.int32)
+        inputs.indices[0, 0, :40] = np.arange(108, 148)  # across the end of the cache
+        inputs.topk_length = None
+        clipped = dataclasses.replace(inputs, extra_topk_length=np.int32([70, 0, 70]))
+        got = sparse_cases.raw_launcher(inputs, num_sm_parts=5).run()
+        oracle.check_decode("sparse_decode", clipped, got)
+        empty = dataclasses.replace(
+            inputs, extra_cache=None, extra_indices=None, extra_topk_length=None
+        )
+        empty.cache = cases.SparseCache(inputs.cache.data[:0], inputs.cache.values[:0])
+        out, lse = sparse_cases.raw_launcher(empty, num_sm_parts=2).run()
+        assert (out == 0).all() and np.isposinf(lse).all()
+        empty.indices = inputs.indices[..., :0]
+        out, lse = sparse_cases.raw_launcher(empty, num_sm_parts=2).run()
+        assert (out == 0).all() and np.isposinf(lse).all()
+
+
+@_case("sparse-schedules", MEMCHECK)
+def _sparse_schedules() -> None:
+    """Numbers that are no schedule give NaN, and one that is stale the right result."""
+    import jax.numpy as jnp
+
+    low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    for name in ("plain-576", "v32", "v4"):
+        case = SparseCase("schedules", 3, 400, 16, s_q=2, **_EXTRA, **sparse_cases.FORMATS[name])
+        inputs = cases.build_sparse(case)
+        schedule = sparse_cases.raw_launcher(inputs, num_sm_parts=7).schedule
+        for length in ([0, 0, 400], [1, 65, 64]):
+            stale = sparse_cases.repaired(dataclasses.replace(inputs, topk_length=np.int32(length)))
+            _check_sparse(stale, schedule=jnp.asarray(schedule))
+        rng = np.random.default_rng(0)
+        noise = rng.integers(low, high, (7, 8), np.int32)
+        for rows in (noise, np.zeros((7, 8), np.int32), np.full((7, 8), high, np.int32)):
+            _all_nan(*sparse_cases.raw_launcher(inputs, schedule=jnp.asarray(rows)).run())
+
+
+# ------------------------------------------------------------------ dense decode over FP8
+
+
+def _fp8_dense(name: str, case: DenseCase, tools: tuple[str, ...] = TOOLS, **options) -> None:
+    case = dataclasses.replace(case, name=name)
+
+    def check() -> None:
+        inputs = sparse_cases.build_fp8_dense(case)
+        got = sparse_cases.raw_dense_launcher(inputs, **options).run()
+        oracle.check_decode("dense_decode", inputs, got)
+
+    _case(name, tools)(check)
+
+
+_fp8_dense("fp8-dense", DenseCase("", 3, 0, 16, lengths=(700, 0, 65)), num_sm_parts=3)
+_fp8_dense(
+    "fp8-dense-two-row-tiles",
+    DenseCase("", 2, 0, 65, s_q=2, causal=True, lengths=(200, 37), page_size=16, attn_sink=True),
+    num_sm_parts=3,
+)
+_fp8_dense(
+    "fp8-dense-odd-pages",
+    DenseCase("", 2, 0, 16, s_q=3, causal=True, lengths=(200, 107), page_size=53),
+    MEMCHECK,
+    num_sm_parts=2,
+)
+_fp8_dense(
+    "fp8-dense-page-1-invariant",
+    DenseCase("", 2, 0, 8, lengths=(700, 1), page_size=1),
+    MEMCHECK,
+    batch_invariant=True,
+)
+
+
+@_case("fp8-dense-bad-values", MEMCHECK)
+def _fp8_dense_bad_values() -> None:
+    """As bad-lengths-and-pages, over an FP8 cache."""
+    case = DenseCase("fp8-bad-values", 4, 200, 16)
+    inputs = sparse_cases.build_fp8_dense(case)
+    capacity = inputs.block_table.shape[1] * case.page_size
+    inputs.cache_seqlens = np.array([-5, capacity + 1, 200, 200], np.int32)
+    inputs.block_table[2, 1] = len(inputs.data)
+    out, lse = sparse_cases.raw_dense_launcher(inputs, num_sm_parts=5).run()
+    assert (out[0] == 0).all() and np.isposinf(lse[0]).all()
+    _all_nan(out[1:3], lse[1:3])
+    inputs.cache_seqlens[:3] = 0
+    expected_out, expected_lse = inputs.expected()
+    oracle.check("dense_decode", "out", out[3], expected_out[3])
+    oracle.check("dense_decode", "lse", lse[3], expected_lse[3])
+
+
+def _check_cache(
+    cache_format: str,
+    page_size: int,
+    dtype: str,
+    *,
+    t: int = 19,
+    heads: int = 1,
+    latent: int = 512,
+    rope: int = 64,
+    fused: bool = False,
+    power_of_two: bool = True,
+) -> None:
+    """Writes tokens to a poisoned cache and reads them, with slots that are none among them."""
+    import cache_oracle
+    from raw_cache import RawAppend, RawGather, on_device
+
+    from jax_flashmla.quantization import page_bytes
+
+    rng = np.random.default_rng(0)
+    pages = 1 + t // page_size
+    columns = {"plain": latent + rope, "fp8_v32": 656, "fp8_v4": 512}[cache_format]
+    shape: tuple[int, ...] = (pages, page_size, heads, columns)
+    if cache_format == "fp8_v4":
+        shape, latent = (pages, page_bytes(page_size)), 448
+    data = np.full(shape, 0xFF, np.uint8)
+    if cache_format == "plain":
+        data = np.full(shape, np.nan, np.float32).astype(cases.BFLOAT16)
+    num_slots = pages * page_size
+    slots = rng.permutation(num_slots)[:t].astype(np.int32)
+    slots[:4] = [-1, num_slots, 2147480000, -(2**31)]
+    kv_c = rng.standard_normal((t, heads, latent)).astype(dtype)
+    k_pe = rng.standard_normal((t, heads, rope)).astype(dtype)
+    options: dict = {"power_of_two": power_of_two}
+    if fused:
+        options["norm_weight"] = rng.standard_normal(latent).astype(np.float32)
+        for name in ("rope_cos", "rope_sin"):
+            options[name] = rng.standard_normal((t, rope // 2)).astype(np.float32)
+    want = cache_oracle.append(data, cache_format, page_size, slots, kv_c, k_pe, **options)
+    calls = [(np.concatenate([kv_c, k_pe], axis=-1), None, 0), (kv_c, k_pe, 0), (kv_c, k_pe, 1)]
+    for kv, own_k_pe, shift in calls:
+        got = RawAppend(
+            on_device(data),
+            cache_format,
+            page_size,
+            slots,
+            kv,
+            own_k_pe,
+            latent=latent,
+            shift=shift,
+            **options,
+        ).run()
+        assert (cache_oracle.bits(got) == cache_oracle.bits(want)).all()
+    for out in (cases.BFLOAT16, np.float32):
+        got = RawGather(on_device(want), cache_format, page_size, slots, out).run()
+        expected = cache_oracle.gather(want, cache_format, page_size, slots, out)
+        assert (cache_oracle.quiet_bits(got) == cache_oracle.quiet_bits(expected)).all()
+
+
+def _cache(name: str, *arguments, tools: tuple[str, ...] = MEMCHECK, **options) -> None:
+    _case(f"cache-{name}", tools)(lambda: _check_cache(*arguments, **options))
+
+
+_cache("v32", "fp8_v32", 53, "float32", tools=TOOLS)
+_cache("v32-float-scales-fused", "fp8_v32", 64, "float16", fused=True, power_of_two=False)
+_cache("v4", "fp8_v4", 2, "float16")
+_cache("v4-fused", "fp8_v4", 1, "float32", t=300, fused=True)
+_cache("plain", "plain", 64, "float32")
+_cache("plain-fused", "plain", 1, "float16", fused=True)
+_cache("plain-odd", "plain", 53, "float16", heads=3, latent=13, rope=5)
+_cache("plain-odd-fused", "plain", 2, "float32", latent=299, rope=6, fused=True)
 
 
 def main() -> int:

@@ -40,8 +40,16 @@ def test_main_job(tmp_path):
     assert found["ok"] is True and "error" not in found
     assert [device["platform"] for device in found["devices"]] == ["gpu"] * len(jax.devices())
     assert found["kernels"]["cuda"] is True
-    assert {"flashmla_dense_decode", "flashmla_metadata"} <= set(found["kernels"]["built"])
-    for name in ("schedule (get_mla_metadata)", "dense decode, bfloat16", "dense decode, float16"):
+    assert set(found["kernels"]["built"]) == {
+        "flashmla_cache_append",
+        "flashmla_cache_gather",
+        "flashmla_dense_decode",
+        "flashmla_metadata",
+        "flashmla_sparse_decode",
+    }
+    with_kernels = [name for name in found["implementations"] if "prefill" not in name]
+    assert len(with_kernels) == 7
+    for name in with_kernels:
         assert found["implementations"][name] == {"implementation": "cuda", "not_cuda": []}
     assert found["self_test"] and all(case["passed"] for case in found["self_test"])
     loop = found["decode_loop"]
@@ -55,13 +63,13 @@ def test_main_job_insists_on_kernels(tmp_path):
     done = run("-m", "jax_flashmla", "--implementation", "cuda", *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "all right"
-    # No kernel for this cache: it says so at once.
+    # No kernel for these queries: it says so at once.
     done = run(
         *("-m", "jax_flashmla", "--implementation", "cuda", "--cache-format", "fp8_v32", *sizes),
-        *("--dtype", "bfloat16"),
+        *("--dtype", "float32"),
         cwd=tmp_path,
     )
-    assert done.returncode == 2 and "fp8_v32" in done.stderr
+    assert done.returncode == 2 and "q has dtype float32" in done.stderr
 
 
 def test_example_as_a_program():

@@ -1,5 +1,7 @@
 #include "sm90/dense_decode/launch.cuh"
 
+#include "sm90/gathered_decode/launch.h"
+
 namespace flashmla {
 namespace {
 
@@ -20,6 +22,9 @@ Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
 }  // namespace
 
 Status launch_dense_decode_sm90(const DenseDecodeParams& params, cudaStream_t stream) {
+  if (params.format != CacheFormat::kPlain) {
+    return sm90::gathered_decode::launch_dense(params, stream);
+  }
   if (!impl::page_size_supported(params.page_size)) {
     return {cudaErrorNotSupported, "page size of the dense decode kernel"};
   }

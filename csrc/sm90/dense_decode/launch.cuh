@@ -4,27 +4,19 @@
 
 #include <type_traits>
 
-#include "common/dependent_launch.cuh"
 #include "common/tensor_map.h"
+#include "sm90/decode/launch.cuh"
 #include "sm90/dense_decode/kernel.cuh"
 
 namespace flashmla::sm90::dense_decode {
 
-template <typename T, typename S>
-Status launch_kernel(const KernelParams& kp, const TensorMaps& maps, cudaStream_t stream) {
-  auto* kernel = &dense_decode_kernel<T, S>;
-  FLASHMLA_RETURN_IF_ERROR(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<S>));
-  const int64_t ctas = static_cast<int64_t>(kp.row_tiles) * kp.p.heads_kv * kp.p.num_parts;
-  return launch_dependent(kernel, "grid of the attention kernel", ctas, kThreads, kSharedBytes<S>,
-                          stream, kp, maps);
-}
-
 template <typename T, int kDim, int kDimV>
 Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
   using S = Shape<kDim, kDimV>;
-  KernelParams kp;
+  using P = Problem<T, S, /*kSparse=*/false, Loading::kCopied>;
+  KernelParams<P> kp;
   kp.p = params;
+  kp.slices = params.heads_kv;
   kp.group = params.heads_q / params.heads_kv;
   kp.must_gather_queries = params.heads_kv > 1;
   kp.rows = params.seq_q * kp.group;
@@ -50,7 +42,7 @@ Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
       return status;
     }
   }
-  return launch_kernel<T, S>(kp, maps, stream);
+  return launch_cta<P>(&dense_decode_kernel<P>, kp, maps, stream);
 }
 
 #define FLASHMLA_DECLARE_DENSE_DECODE(DIM, DIM_V)                                    \

@@ -1,11 +1,14 @@
-// Shapes and budgets of the dense decode kernel for sm_90a.
+// Shapes and budgets of the decode kernels for sm_90a.
 #pragma once
 
 #include <cstdint>
 
-#include "common/schedule.h"
+#include <type_traits>
 
-namespace flashmla::sm90::dense_decode {
+#include "common/schedule.h"
+#include "params.h"
+
+namespace flashmla::sm90::decode {
 
 constexpr int kRows = 64;                        // rows of a tile: query tokens x heads
 constexpr int kTokens = schedule::kBlockTokens;  // tokens of a block
@@ -52,30 +55,52 @@ struct Shape {
   // ones would make it the bottleneck.
   static constexpr int kCopies = kHasRope ? 3 : 2;
   static constexpr int kRopeCopy = 2;
-
-  // Registers a thread of the math and the loading warpgroups. The kernel is launched with 168, the
-  // most that 384 threads can have.
-  static constexpr int kMathRegisters = kDimV == 512 ? 232 : 208;
-  static constexpr int kLoadRegisters = kDimV == 512 ? 40 : 88;
-  static_assert(2 * kMathRegisters + kLoadRegisters <= 3 * 168);
 };
 
 constexpr int kMathGroups = 2;
 constexpr int kMathThreads = kMathGroups * 128;
-constexpr int kThreads = kMathThreads + 128;  // the third warpgroup loads
-constexpr int kKeyLoaderWarps = kBuffers;     // of its four warps, one for each key buffer;
-constexpr int kQueryLoaderWarps = 2;          // the others load queries
-static_assert(kKeyLoaderWarps + kQueryLoaderWarps == 4);
 
-// A copy-engine box is at most one block; smaller pages take several.
-constexpr int kMinPageSize = kGroupTokens;
+// How keys come into shared memory.
+enum class Loading {
+  kCopied,     // by the copy engine, in pages
+  kGathered,   // token by token, by the threads of further warpgroups
+  kConverted,  // likewise; values of FP8 become bfloat16 on the way
+};
 
-FLASHMLA_HOST_DEVICE constexpr bool page_size_supported(int page_size) {
-  return page_size % kTokens == 0 || (page_size >= kMinPageSize && kTokens % page_size == 0);
-}
+// FP8 tokens on their way: a half of the values, and its scales, of 4 tokens.
+constexpr int kStageTokens = 4;
+constexpr int kStageValueBytes = 256;
+constexpr int kStageScaleBytes = 8;
 
-FLASHMLA_HOST_DEVICE constexpr int box_tokens(int page_size) {
-  return page_size < kTokens ? page_size : kTokens;
-}
+// An attention problem as the kernels see it.
+template <typename T_, typename S_, bool kSparse_, Loading kLoading_, bool kPaired_ = false>
+struct Problem {
+  using T = T_;  // of queries, results and operands of the matrix products
+  using S = S_;
+  // Every query token chooses its keys; else rows share the sequence of their request.
+  static constexpr bool kSparse = kSparse_;
+  static constexpr Loading kLoading = kLoading_;
+  // Two row tiles that share their keys are a cluster: each CTA converts half of the tokens, and
+  // writes them to the shared memory of both.
+  static constexpr bool kPaired = kPaired_;
+  static constexpr int kClusterCtas = kPaired ? 2 : 1;
+  static_assert(!kPaired || kLoading == Loading::kConverted);
+  using Params = std::conditional_t<kSparse, SparseDecodeParams, DenseDecodeParams>;
 
-}  // namespace flashmla::sm90::dense_decode
+  static constexpr int kLoadThreads = 128;
+  static constexpr int kLoadWarps = kLoadThreads / 32;
+  static constexpr int kThreads = kMathThreads + kLoadThreads;
+
+  // Groups of four tokens that each converting warp has on their way: as many as there is room for.
+  static constexpr int kStages = kLoading != Loading::kConverted ? 0
+                                 : S::kSubTiles > 8 || kPaired   ? 2
+                                                                 : 4;
+
+  // Registers a thread of the math and the loading warpgroups. The kernels are launched with 168,
+  // the most that 384 threads can have.
+  static constexpr int kMathRegisters =
+      S::kDimV == 512 ? (kLoading == Loading::kCopied ? 232 : 216) : 208;
+  static constexpr int kLoadRegisters = 3 * 168 - 2 * kMathRegisters;
+};
+
+}  // namespace flashmla::sm90::decode

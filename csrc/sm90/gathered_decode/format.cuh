@@ -1,0 +1,112 @@
+// How tokens lie in a cache of each format, and how FP8 values become bfloat16.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <new>
+
+#include "common/ptx.cuh"
+#include "common/schedule.h"
+#include "params.h"
+
+namespace flashmla::sm90::gathered_decode {
+
+// What is read instead of a token that does not exist.
+constexpr int kMostTokenBytes = 576 * 2;
+static __device__ const uint4 kZeros[kMostTokenBytes / sizeof(uint4)] = {};
+
+// Four e4m3 values times their scale, rounded to bfloat16 once: as exact as can be for any scale.
+// NaN codes, and NaN or infinite scales, give NaN.
+__device__ __forceinline__ uint2 dequantize(uint32_t codes, float scale) {
+  uint32_t halves[2];
+  asm("{\n"
+      ".reg .b16 lo, hi;\n"
+      "mov.b32 {lo, hi}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, lo;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, hi;\n"
+      "}\n"
+      : "=r"(halves[0]), "=r"(halves[1])
+      : "r"(codes));
+  uint2 result;
+  const float2 a = __half22float2(reinterpret_cast<const __half2&>(halves[0]));
+  const float2 b = __half22float2(reinterpret_cast<const __half2&>(halves[1]));
+  result.x = ptx::pack<__nv_bfloat16>(a.x * scale, a.y * scale);
+  result.y = ptx::pack<__nv_bfloat16>(b.x * scale, b.y * scale);
+  return result;
+}
+
+template <CacheFormat kFormat>
+struct Format;
+
+// 512 x e4m3, 4 x float32 scales, 64 x bfloat16 in a row of 656 bytes.
+template <>
+struct Format<CacheFormat::kFp8V32> {
+  static constexpr int kTokenBytes = 656;
+  static constexpr int kScalesOffset = 512;
+  static constexpr int kRopeOffset = 528;
+  static constexpr int kRightTiles = 4;  // of 64 latent values in the right half of the values
+
+  // Scales of one half of a token's values: one for two sub-tiles.
+  static constexpr int kHalfScaleBytes = 8;
+  __device__ __forceinline__ static const uint8_t* scales(const uint8_t* token, int, int half) {
+    return token + kScalesOffset + half * kHalfScaleBytes;
+  }
+  struct HalfScales {
+    uint2 bits;
+
+    __device__ __forceinline__ void read(uint32_t address) { bits = ptx::ld_shared_8(address); }
+    __device__ __forceinline__ void of_tiles(float (&scales)[4]) const {
+      scales[0] = scales[1] = __uint_as_float(bits.x);
+      scales[2] = scales[3] = __uint_as_float(bits.y);
+    }
+  };
+};
+
+// In each page first 576 bytes a token: 448 x e4m3 and 64 x bfloat16; then 8 bytes a token: 7 x
+// e8m0 scales. Pages are padded to a multiple of 576 bytes.
+template <>
+struct Format<CacheFormat::kFp8V4> {
+  static constexpr int kTokenBytes = 576;
+  static constexpr int kScaleBytes = 8;
+  static constexpr int kRopeOffset = 448;
+  static constexpr int kRightTiles = 3;
+
+  static constexpr int64_t page_bytes(int64_t page_size) {
+    const int64_t bytes = page_size * (kTokenBytes + kScaleBytes);
+    return (bytes + kTokenBytes - 1) / kTokenBytes * kTokenBytes;
+  }
+
+  // From the token at `offset` in a page to its scales.
+  __device__ __forceinline__ static int to_scales(int page_size, int offset) {
+    return page_size * kTokenBytes - offset * (kTokenBytes - kScaleBytes);
+  }
+
+  // Scales of one half of a token's values: a byte for each sub-tile.
+  static constexpr int kHalfScaleBytes = 4;
+  __device__ __forceinline__ static const uint8_t* scales(const uint8_t* token, int to_scales,
+                                                          int half) {
+    return token + to_scales + half * kHalfScaleBytes;
+  }
+  struct HalfScales {
+    uint32_t codes;
+
+    __device__ __forceinline__ void read(uint32_t address) { codes = ptx::ld_shared_4(address); }
+    // 2^(code - 127): the code is the exponent of a float32, but for 0, which is the one subnormal,
+    // and 255, which is NaN.
+    __device__ __forceinline__ void of_tiles(float (&scales)[4]) const {
+      const uint32_t nans = ((codes & 0x7f7f7f7f) + 0x01010101) & codes;  // in the top bits
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t exponent = __byte_perm(codes, 0, 0x0444 | i << 12) >> 1;
+        // The top bit of byte i, 32 times.
+        uint32_t nan;
+        asm("prmt.b32 %0, %1, 0, %2;" : "=r"(nan) : "r"(nans), "r"(0x8888 | i * 0x1111));
+        scales[i] = __uint_as_float(max(exponent, 0x00400000u) | nan);
+      }
+    }
+  };
+};
+
+}  // namespace flashmla::sm90::gathered_decode

@@ -1,0 +1,49 @@
+#include "sm90/gathered_decode/launch.cuh"
+#include "sm90/gathered_decode/launch.h"
+
+namespace flashmla {
+namespace {
+
+namespace impl = sm90::gathered_decode;
+
+template <typename T>
+Status launch_plain(const SparseDecodeParams& params, cudaStream_t stream) {
+  if (params.head_dim == 576) {
+    return impl::launch<T, 576, true, CacheFormat::kPlain>(params, stream);
+  }
+  if (params.head_dim == 512) {
+    return impl::launch<T, 512, true, CacheFormat::kPlain>(params, stream);
+  }
+  return {cudaErrorNotSupported, "head_dim of the sparse decode kernel"};
+}
+
+}  // namespace
+
+Status launch_sparse_decode_sm90(const SparseDecodeParams& params, cudaStream_t stream) {
+  if (params.head_dim_v != 512) {
+    return {cudaErrorNotSupported, "head_dim_v of the sparse decode kernel"};
+  }
+  switch (params.format) {
+    case CacheFormat::kFp8V32:
+      return impl::launch<__nv_bfloat16, 576, true, CacheFormat::kFp8V32>(params, stream);
+    case CacheFormat::kFp8V4:
+      return impl::launch<__nv_bfloat16, 512, true, CacheFormat::kFp8V4>(params, stream);
+    case CacheFormat::kPlain:
+      return params.dtype == DataType::kFloat16 ? launch_plain<__half>(params, stream)
+                                                : launch_plain<__nv_bfloat16>(params, stream);
+  }
+  return {cudaErrorNotSupported, "cache format of the sparse decode kernel"};
+}
+
+}  // namespace flashmla
+
+namespace flashmla::sm90::gathered_decode {
+
+Status launch_dense(const DenseDecodeParams& params, cudaStream_t stream) {
+  if (params.format != CacheFormat::kFp8V32) {
+    return {cudaErrorNotSupported, "cache format of the dense decode kernel"};
+  }
+  return launch<__nv_bfloat16, 576, false, CacheFormat::kFp8V32>(params, stream);
+}
+
+}  // namespace flashmla::sm90::gathered_decode

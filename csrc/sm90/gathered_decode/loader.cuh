@@ -1,0 +1,540 @@
+// The loading warpgroups of the gathering decode kernels. Each of their warps fetches an equal
+// share of the tokens of every block, four at once: eight lanes a token, each with 8 columns of
+// every sub-tile. So a lane has to do with few tokens, whose addresses it keeps, and eight lanes
+// write a row of a sub-tile without bank conflicts. (Shuffling addresses and scales through the
+// warp instead, for all of its tokens in each lane, takes twice the time of the whole kernel: the
+// matrix products keep the pipe of shuffles busy.)
+//
+// FP8 values go through a stage in shared memory. While tokens are converted and stored, later ones
+// are on their way into the places that become free. (Through registers instead of a stage nothing
+// would overlap: the compiler waits for all loads under way at once.)
+//
+// One lane walks over the schedule and announces blocks; slots are loaded one block ahead.
+#pragma once
+
+#include <new>
+
+#include "sm90/decode/cta.cuh"
+#include "sm90/gathered_decode/format.cuh"
+
+namespace flashmla::sm90::gathered_decode {
+
+using namespace decode;
+
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// What the loaders have in common.
+template <typename P, CacheFormat kFormat>
+class Loader {
+  using S = typename P::S;
+
+ public:
+  __device__ __forceinline__ Loader(const KernelParams<P>& kp, const CUtensorMap& queries,
+                                    SharedStorage<P>& smem)
+      : kp_(kp), queries_(queries), smem_(smem) {
+    // Opaque: it would be worked out anew, from a slow special register, for each use.
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane_));
+    warp_ = __shfl_sync(kAllLanes, (threadIdx.x - kMathThreads) / 32, 0);
+    first_token_ = warp_ * kWarpTokens;
+  }
+
+ protected:
+  // Tokens of a block that this warp fetches, and those among them that a lane has to do with:
+  // 4 * i + lane / 8.
+  static constexpr int kWarpTokens = kTokens / P::kLoadWarps;
+  static constexpr int kLaneTokens = kWarpTokens / 4;
+  static_assert(kWarpTokens == 16, "four bytes, or 64 bits, for marks of a block");
+
+  // --- blocks -----------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void begin_announcing() const {
+    if (warp_ != 0 || lane_ != 0) return;
+    new (smem_.stream) BlockStream<P>(kp_, smem_.place.part);
+    announce_next(0);
+    announce_next(1);
+  }
+
+  // The warps take turns.
+  __device__ __forceinline__ void announce(int number) const {
+    if (number % P::kLoadWarps != warp_) return;
+    wait_block(number - 1);  // whoever announced it has put down the stream
+    if (lane_ == 0) announce_next(number);
+  }
+
+  __device__ __forceinline__ void announce_next(int number) const {
+    auto& stream = *reinterpret_cast<BlockStream<P>*>(smem_.stream);
+    stream.next(kp_, smem_.place.slice, smem_.blocks[number % kAnnouncedBlocks]);
+    ptx::mbarrier_arrive(&smem_.block_announced[number % kAnnouncedBlocks]);
+  }
+
+  __device__ __forceinline__ GatheredBlock block(int number) const {
+    const uint32_t address = ptx::smem_address(&smem_.blocks[number % kAnnouncedBlocks]);
+    const uint4 words[2] = {ptx::ld_shared_16(address), ptx::ld_shared_16(address + 16)};
+    return reinterpret_cast<const GatheredBlock&>(words);
+  }
+
+  __device__ __forceinline__ GatheredBlock wait_block(int number) const {
+    ptx::mbarrier_wait(&smem_.block_announced[number % kAnnouncedBlocks],
+                       number / kAnnouncedBlocks & 1);
+    return block(number);
+  }
+
+  // --- tokens -----------------------------------------------------------------------------------
+
+  // Where this lane's tokens are; zeros in place of one that does not exist.
+  struct Tokens {
+    const uint8_t* token[kLaneTokens];
+    int to_scales[kLaneTokens];
+
+    __device__ __forceinline__ void set_zeros() {
+#pragma unroll
+      for (int i = 0; i < kLaneTokens; ++i) {
+        token[i] = reinterpret_cast<const uint8_t*>(kZeros);
+        to_scales[i] = 0;
+      }
+    }
+  };
+
+  // What was loaded to find them: slots or, if dense, pages. -1 past the end.
+  using Entries = int[kLaneTokens];
+
+  __device__ __forceinline__ int token_of_block(int i) const {
+    return first_token_ + 4 * i + lane_ / 8;
+  }
+
+  __device__ __forceinline__ void load_entries(const GatheredBlock& block, Entries& entries) const {
+    const int32_t* source = block.entries;
+    const int count = block.flags & kBlockExists ? block.count : 0;
+    const int position = block.position;
+#pragma unroll
+    for (int i = 0; i < kLaneTokens; ++i) {
+      const int token = token_of_block(i);
+      const int entry = P::kSparse ? token : kp_.page_size[0].quotient(position + token);
+      entries[i] = token < count ? source[entry] : -1;
+    }
+  }
+
+  // Finds the tokens of a block. Returns what is to be said of it: a bit for each token of this
+  // warp that exists, or if dense, whether one is in a page that is no page of the cache.
+  __device__ __forceinline__ uint32_t find(const GatheredBlock& block, Entries& entries,
+                                           Tokens& tokens) const {
+    const int source = P::kSparse ? block.source : 0;
+    const auto* data = static_cast<const uint8_t*>(cache(source));
+    const FastDivide page_size = kp_.page_size[source];
+    const uint32_t slots = kp_.slots[source];
+    const uint32_t page_bytes = kp_.page_bytes[source];
+    uint32_t mark = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneTokens; ++i) {
+      // What follows must not be moved up to where it would wait for the load.
+      asm volatile("" : "+r"(entries[i]));
+      int slot = entries[i];
+      bool exists;
+      if constexpr (P::kSparse) {
+        exists = static_cast<uint32_t>(slot) < slots;
+        // One bit of every eight, side by side.
+        const uint32_t four = __ballot_sync(kAllLanes, exists) & 0x01010101;
+        mark |= (four * 0x10204080 >> 28) << 4 * i;
+      } else {
+        const int token = token_of_block(i);
+        exists = static_cast<uint32_t>(slot) < static_cast<uint32_t>(kp_.p.num_pages);
+        mark |= __any_sync(kAllLanes, token < block.count && !exists);
+        const int position = block.position + token;
+        const int column = page_size.quotient(position);
+        slot = slot * page_size.divisor + position - column * page_size.divisor;
+      }
+      slot = exists ? slot : 0;
+      const uint8_t* token;
+      int to_scales = 0;
+      if constexpr (kFormat == CacheFormat::kFp8V4) {
+        const int page = page_size.quotient(slot);
+        const int offset = slot - page * page_size.divisor;
+        token = data + static_cast<uint64_t>(static_cast<uint32_t>(page)) * page_bytes +
+                static_cast<uint64_t>(static_cast<uint32_t>(offset)) * kTokenBytes;
+        to_scales = Format<kFormat>::to_scales(page_size.divisor, offset);
+      } else {
+        token = data + static_cast<uint64_t>(static_cast<uint32_t>(slot)) * kTokenBytes;
+      }
+      tokens.token[i] = exists ? token : reinterpret_cast<const uint8_t*>(kZeros);
+      tokens.to_scales[i] = exists ? to_scales : 0;
+    }
+    return mark;
+  }
+
+  static constexpr int kTokenBytes = kFormat == CacheFormat::kPlain   ? S::kDim * 2
+                                     : kFormat == CacheFormat::kFp8V4 ? 576
+                                                                      : 656;
+
+  __device__ __forceinline__ const void* cache(int source) const {
+    if constexpr (P::kSparse) {
+      return kp_.p.sources[source].cache;
+    } else {
+      return kp_.p.k_cache;
+    }
+  }
+
+  // Tells the math warpgroups of the block in the buffer.
+  __device__ __forceinline__ void set_mark(int buffer, uint32_t mark) {
+    if (lane_ != 0) return;
+    if constexpr (P::kSparse) {
+      reinterpret_cast<uint16_t*>(&smem_.marks[buffer])[warp_] = mark;
+    } else {
+      reinterpret_cast<uint8_t*>(&smem_.marks[buffer].x)[warp_] = mark;
+    }
+  }
+
+  // --- queries --------------------------------------------------------------------------------
+
+  // Copies the row tile of the piece once nobody reads the one before, unless that would mean to
+  // wait.
+  __device__ __forceinline__ void copy_queries(int request, bool must) {
+    if (!queries_are_due_) return;
+    if (warp_ == 0) {
+      const bool free = __all_sync(kAllLanes, ptx::mbarrier_test(&smem_.q_empty, q_parity_));
+      if (!free && !must) return;
+      if (!free) ptx::mbarrier_wait(&smem_.q_empty, q_parity_);
+      if (lane_ == 0) {
+        ptx::mbarrier_arrive_expect_tx(&smem_.q_full, sizeof(smem_.q));
+        const int entry = P::kSparse ? request * kp_.slices + smem_.place.slice : request;
+        ptx::tma_load_4d(smem_.q, &queries_, &smem_.q_full, ptx::evict_first_policy(), 0,
+                         smem_.place.row_tile * kRows, 0, entry);
+      }
+      q_parity_ ^= 1;
+    }
+    queries_are_due_ = false;
+  }
+
+  // --- shared memory ----------------------------------------------------------------------------
+
+  // Where this lane's 8 columns of sub-tile `tile` of its token `i` go. `base` is the place of its
+  // token 0 in the first of `tiles` sub-tiles that lie together.
+  __device__ __forceinline__ static uint32_t place_of(uint32_t base, int tiles, int tile, int i) {
+    // Token 4 * i + q of the warp: row 4 * (i % 2) + q of a group, and the chunks of a row are
+    // swizzled with its number.
+    return (i % 2 == 0 ? base : (base ^ 4 << 4) + 4 * kRowBytes) +
+           (i / 2 * tiles + tile) * kGroupBytes;
+  }
+
+  // The place of this lane's token 0 in the first sub-tile at `tiles_begin`, of `tiles`.
+  __device__ __forceinline__ uint32_t lane_base(uint32_t tiles_begin, int tiles) const {
+    const int row = lane_ / 8;
+    return tiles_begin + first_token_ * tiles * kRowBytes + row * kRowBytes +
+           ((lane_ % 8 ^ row) << 4);
+  }
+
+  __device__ __forceinline__ uint32_t half_base(int buffer, int half) const {
+    return lane_base(
+        ptx::smem_address(smem_.kv[0]) + buffer * S::kBufferBytes + half * S::kHalfBytes,
+        S::kHalfTiles);
+  }
+
+  __device__ __forceinline__ void wait_empty(int buffer, int half) {
+    ptx::mbarrier_wait(&smem_.kv_empty[buffer][half], empty_parity_ >> buffer & 1);
+  }
+
+  // What this thread has written, and copied if it has waited for that, may be read.
+  __device__ __forceinline__ void arrive_full(int buffer, int copy) {
+    ptx::mbarrier_arrive(&smem_.kv_full[buffer][copy]);
+  }
+
+  // --- RoPE columns -----------------------------------------------------------------------------
+
+  // Which half of a block the RoPE columns are fetched with, if they are fetched by themselves.
+  static constexpr int rope_half(int buffer) {
+    return S::kHasRope ? reader_of_p(buffer) : kFormat == CacheFormat::kFp8V4 ? 1 : -1;
+  }
+
+  __device__ __forceinline__ void copy_rope(const Tokens& tokens, int buffer, int offset) {
+    constexpr int kTiles = S::kHasRope ? 1 : S::kHalfTiles;
+    const uint32_t base =
+        S::kHasRope
+            ? lane_base(ptx::smem_address(smem_.kv[0]) + buffer * S::kBufferBytes + S::kOffsetOfP,
+                        kTiles)
+            : half_base(buffer, 1);
+#pragma unroll
+    for (int i = 0; i < kLaneTokens; ++i) {
+      ptx::cp_async_16(place_of(base, kTiles, kTiles - 1, i),
+                       tokens.token[i] + (offset + lane_ % 8 * 16), true);
+    }
+  }
+
+  __device__ __forceinline__ static int first_half_of(int buffer) { return buffer; }
+
+  const KernelParams<P>& kp_;
+  const CUtensorMap& queries_;
+  SharedStorage<P>& smem_;
+  int lane_;
+  int warp_;
+  int first_token_;  // of this warp in a block
+  bool queries_are_due_ = false;
+  uint32_t q_parity_ = 1;      // a fresh barrier lets the first wait pass
+  uint32_t empty_parity_ = 3;  // a bit for each buffer
+};
+
+// FP8 values, through a stage in shared memory that is private to a warp.
+template <typename P, CacheFormat kFormat>
+class ConvertingLoader : Loader<P, kFormat> {
+  using Base = Loader<P, kFormat>;
+  using S = typename P::S;
+  using F = Format<kFormat>;
+  // Tokens that a lane converts: if paired, those of one half of a warp's.
+  static constexpr int kLaneTokens = Base::kLaneTokens / P::kClusterCtas;
+  using typename Base::Tokens;
+
+ public:
+  __device__ __forceinline__ ConvertingLoader(const KernelParams<P>& kp, const CUtensorMap& queries,
+                                              SharedStorage<P>& smem)
+      : Base(kp, queries, smem) {
+    // Odd tokens have sub-tiles 0 and 1, and 2 and 3, exchanged in the stage, so that eight bytes
+    // of one sub-tile for each lane are in different banks.
+    const int token = this->lane_ / 8;
+    values_ = ptx::smem_address(smem.stage_values[0]) +
+              this->warp_ * (P::kStages * kStageTokens * kStageValueBytes) +
+              token * kStageValueBytes + (token & 1) * kSubTileColumns;
+    if constexpr (P::kPaired) {
+      rank_ = ptx::cluster_cta_rank();
+      const uint32_t own = ptx::smem_address(&smem);
+      to_peer_ = ptx::map_to_cta(own, rank_ ^ 1) - own;
+    }
+    scales_ = ptx::smem_address(smem.stage_scales[0]) +
+              this->warp_ * (P::kStages * kStageTokens * kStageScaleBytes) +
+              token * kStageScaleBytes;
+  }
+
+  __device__ __forceinline__ void run() {
+    Base::begin_announcing();
+    Tokens tokens;
+    typename Base::Entries entries;
+    uint32_t mark;
+    int buffer = 0;
+    {
+      const GatheredBlock block = Base::wait_block(0);
+      if (!(block.flags & kBlockExists)) return;
+      Base::load_entries(block, entries);
+      mark = Base::find(block, entries, tokens) | bad(block);
+    }
+#pragma unroll
+    for (int i = 0; i < P::kStages; ++i) fetch(tokens, i, Base::first_half_of(buffer));
+
+    this->queries_are_due_ = true;
+    bool more = true;
+    for (int number = 0; more; ++number) {
+      Base::announce(number + 2);
+      {
+        const GatheredBlock next = Base::wait_block(number + 1);
+        more = next.flags & kBlockExists;
+        Base::load_entries(next, entries);
+      }
+      const int next_buffer = more ? Base::block(number + 1).buffer : 0;
+      uint32_t next_mark = 0;
+#pragma unroll 1
+      for (int step = 0; step < 2; ++step) {
+        const int half = Base::first_half_of(buffer) ^ step;
+        Base::copy_queries(Base::block(number).request, /*must=*/step == 1);
+        Base::wait_empty(buffer, half);
+        if (step == 0) Base::set_mark(buffer, mark);
+        const bool has_rope = half == Base::rope_half(buffer);
+        const int next_half = step == 0 ? half ^ 1 : Base::first_half_of(next_buffer);
+        const auto fetch_rope = [&] {
+          if (has_rope) Base::copy_rope(tokens, buffer, F::kRopeOffset);
+          ptx::cp_async_commit();  // also if there is nothing in it: groups are counted
+        };
+        convert(buffer, half, tokens, next_half, fetch_rope, [&] {
+          if (step == 0) return;
+          if (more) {
+            const GatheredBlock next = Base::block(number + 1);
+            next_mark = Base::find(next, entries, tokens) | bad(next);
+          } else {
+            tokens.set_zeros();
+          }
+        });
+        ptx::cp_async_wait<P::kStages>();  // for the RoPE columns
+        ptx::fence_proxy_async();
+        if (P::kPaired && this->warp_ == 0 && this->lane_ == 0) {
+          // What comes from the other CTA.
+          const int tiles = half == 0 ? S::kHalfTiles : F::kRightTiles;
+          ptx::mbarrier_arrive_expect_tx(&this->smem_.kv_full[buffer][half],
+                                         tiles * kSubTileBytes / 2);
+        } else {
+          Base::arrive_full(buffer, half);
+        }
+        if (S::kHasRope && has_rope) Base::arrive_full(buffer, S::kRopeCopy);
+      }
+      this->empty_parity_ ^= 1 << buffer;
+      buffer = next_buffer;
+      mark = next_mark;
+      if (more && Base::block(number + 1).flags & kBlockBeginsPiece) this->queries_are_due_ = true;
+    }
+    ptx::cp_async_wait<0>();
+  }
+
+ private:
+  __device__ __forceinline__ static uint32_t bad(const GatheredBlock& block) {
+    return !P::kSparse && block.flags & kBlockIsBad;
+  }
+
+  // Fetches a half of the values of this lane's token i into a stage: 16 bytes of sub-tiles 0 and
+  // 1, and of 2 and 3.
+  __device__ __forceinline__ void fetch(const Tokens& tokens, int i, int half) const {
+    const int chunk = this->lane_ % 8 * 16;
+    const int stage = i % P::kStages;
+    const uint8_t* token = tokens.token[i];
+    int to_scales = tokens.to_scales[i];
+    if (P::kPaired && rank_ == 1) {
+      token = tokens.token[Base::kLaneTokens / 2 + i];
+      to_scales = tokens.to_scales[Base::kLaneTokens / 2 + i];
+    }
+    const uint8_t* source = token + (half * S::kHalfColumns + chunk);
+    const uint32_t target = (values_ ^ chunk) + stage * (kStageTokens * kStageValueBytes);
+    ptx::cp_async_16(target, source, true);
+    ptx::cp_async_16(target + 128, source + 128, true);
+    if (chunk == 0) {
+      ptx::cp_async_small<F::kHalfScaleBytes>(scales_ + stage * (kStageTokens * kStageScaleBytes),
+                                              F::scales(token, to_scales, half));
+    }
+    ptx::cp_async_commit();
+  }
+
+  // Converts and stores a half of the values of this lane's tokens, and fetches what comes kStages
+  // tokens later into the places that become free. `fetch_rope` follows the last values of this
+  // half; `advance` makes `tokens` those of the next one.
+  template <typename FetchRope, typename Advance>
+  __device__ __forceinline__ void convert(int buffer, int half, Tokens& tokens, int next_half,
+                                          const FetchRope& fetch_rope, const Advance& advance) {
+    uint32_t base = Base::half_base(buffer, half);
+    if constexpr (P::kPaired) base += rank_ * (kGroupBytes * S::kHalfTiles);
+    const uint32_t barrier =
+        ptx::smem_address(&this->smem_.kv_full[0][0]) + (buffer * S::kCopies + half) * 8 + to_peer_;
+    if (P::kStages == kLaneTokens) fetch_rope();
+#pragma unroll
+    for (int i = 0; i < kLaneTokens; ++i) {
+      // Groups of copies that are newer than token i: those of the kStages - 1 tokens after it, and
+      // of the RoPE columns once they are fetched.
+      if (i < kLaneTokens - P::kStages) {
+        ptx::cp_async_wait<P::kStages - 1>();
+      } else {
+        ptx::cp_async_wait<P::kStages>();
+      }
+      __syncwarp();
+      const int stage = i % P::kStages;
+      const uint32_t address = values_ + this->lane_ % 8 * 8;
+      uint2 codes[S::kHalfTiles];
+#pragma unroll
+      for (int tile = 0; tile < S::kHalfTiles; ++tile) {
+        codes[tile] = ptx::ld_shared_8((address ^ (tile & 1) * kSubTileColumns) + tile / 2 * 128 +
+                                       stage * (kStageTokens * kStageValueBytes));
+      }
+      typename F::HalfScales half_scales;
+      half_scales.read(scales_ + stage * (kStageTokens * kStageScaleBytes));
+      const int later = i + P::kStages;
+      if (later == kLaneTokens) advance();
+      __syncwarp();  // now all lanes have read the stage
+      if (later < kLaneTokens) {
+        fetch(tokens, later, half);
+        if (later == kLaneTokens - 1) fetch_rope();
+      } else {
+        fetch(tokens, later - kLaneTokens, next_half);
+      }
+      float scales[4];
+      half_scales.of_tiles(scales);
+#pragma unroll
+      for (int tile = 0; tile < S::kHalfTiles; ++tile) {
+        if (tile >= F::kRightTiles && half == 1) break;
+        const uint2 low = dequantize(codes[tile].x, scales[tile]);
+        const uint2 high = dequantize(codes[tile].y, scales[tile]);
+        const uint32_t place = Base::place_of(base, S::kHalfTiles, tile, i);
+        ptx::st_shared_16(place, low.x, low.y, high.x, high.y);
+        if constexpr (P::kPaired) {
+          ptx::st_async_16(place + to_peer_, barrier, low.x, low.y, high.x, high.y);
+        }
+      }
+    }
+  }
+
+  uint32_t rank_ = 0;  // of this CTA in a pair
+  uint32_t to_peer_ = 0;
+  uint32_t values_;  // the places of this lane's token in the first stage of the warp
+  uint32_t scales_;
+};
+
+// 16-bit elements, straight to shared memory.
+template <typename P>
+class CopyingLoader : Loader<P, CacheFormat::kPlain> {
+  using Base = Loader<P, CacheFormat::kPlain>;
+  using S = typename P::S;
+  using typename Base::Tokens;
+
+ public:
+  using Base::Base;
+
+  __device__ __forceinline__ void run() {
+    Base::begin_announcing();
+    typename Base::Entries entries;
+    bool more;
+    {
+      const GatheredBlock block = Base::wait_block(0);
+      more = block.flags & kBlockExists;
+      Base::load_entries(block, entries);
+    }
+    int pending =
+        -1;  // copies under way: 4 * buffer + 2 * half + whether RoPE columns are with them
+    const auto hand_out = [&] {
+      ptx::fence_proxy_async();
+      Base::arrive_full(pending >> 2, pending >> 1 & 1);
+      if (S::kHasRope && pending & 1) Base::arrive_full(pending >> 2, S::kRopeCopy);
+      pending = -1;
+    };
+    for (int number = 0; more; ++number) {
+      Tokens tokens;
+      const uint32_t mark = Base::find(Base::block(number), entries, tokens);
+      const int buffer = Base::block(number).buffer;
+      const int request = Base::block(number).request;
+      if (Base::block(number).flags & kBlockBeginsPiece) this->queries_are_due_ = true;
+      Base::announce(number + 2);
+      const GatheredBlock next = Base::wait_block(number + 1);
+      more = next.flags & kBlockExists;
+      Base::load_entries(next, entries);
+#pragma unroll 1
+      for (int step = 0; step < 2; ++step) {
+        const int half = Base::first_half_of(buffer) ^ step;
+        const bool free =
+            __all_sync(kAllLanes, ptx::mbarrier_test(&this->smem_.kv_empty[buffer][half],
+                                                     this->empty_parity_ >> buffer & 1));
+        // Before it waits for others this warp hands out all that they may be waiting for.
+        if ((!free || this->queries_are_due_) && pending >= 0) {
+          ptx::cp_async_wait<0>();
+          hand_out();
+        }
+        Base::copy_queries(request, /*must=*/step == 1);
+        if (!free) Base::wait_empty(buffer, half);
+        if (step == 0) Base::set_mark(buffer, mark);
+        const uint32_t base = Base::half_base(buffer, half);
+#pragma unroll
+        for (int i = 0; i < Base::kLaneTokens; ++i) {
+          const uint8_t* source =
+              tokens.token[i] + (half * S::kHalfColumns * 2 + this->lane_ % 8 * 16);
+#pragma unroll
+          for (int tile = 0; tile < S::kHalfTiles; ++tile) {
+            ptx::cp_async_16(Base::place_of(base, S::kHalfTiles, tile, i),
+                             source + tile * kRowBytes, true);
+          }
+        }
+        const bool has_rope = half == Base::rope_half(buffer);
+        if (has_rope) Base::copy_rope(tokens, buffer, S::kDimV * 2);
+        ptx::cp_async_commit();
+        if (pending >= 0) {
+          ptx::cp_async_wait<1>();
+          hand_out();
+        }
+        pending = 4 * buffer + 2 * half + has_rope;
+      }
+      this->empty_parity_ ^= 1 << buffer;
+    }
+    if (pending >= 0) {
+      ptx::cp_async_wait<0>();
+      hand_out();
+    }
+  }
+};
+
+}  // namespace flashmla::sm90::gathered_decode

@@ -1,0 +1,21 @@
+"""A subset of the peer's grid of sparse decode that has every pair of its values.
+
+See sparse_grid.py, which runs all of it.
+"""
+
+import pytest
+import sparse_cases
+import sparse_grid
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def runners():
+    return sparse_grid.Runners()
+
+
+@pytest.mark.parametrize("case", sparse_cases.grid_pairwise(), ids=lambda case: case.name)
+def test_pairwise_subset_of_the_grid(runners, case):
+    outcome = runners.run(case)
+    assert not outcome.failures, f"{case.name}: {'; '.join(outcome.failures)}"
