@@ -97,9 +97,11 @@ struct Problem {
                                                                  : 4;
 
   // Registers a thread of the math and the loading warpgroups. The kernels are launched with 168,
-  // the most that 384 threads can have.
-  static constexpr int kMathRegisters =
-      S::kDimV == 512 ? (kLoading == Loading::kCopied ? 232 : 216) : 208;
+  // the most that 384 threads can have. Gathering takes more of them, masks of sequences too.
+  static constexpr int kMathRegisters = S::kDimV != 512                ? 208
+                                        : kLoading == Loading::kCopied ? 232
+                                        : kSparse                      ? 216
+                                                                       : 224;
   static constexpr int kLoadRegisters = 3 * 168 - 2 * kMathRegisters;
 };
 
