@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "common/fp8_formats.h"
 #include "params.h"
 
 namespace flashmla::cache_format {
@@ -272,22 +273,17 @@ template <CacheFormat kFormat>
 struct Fp8;
 
 template <>
-struct Fp8<CacheFormat::kFp8V32> {
-  static constexpr int kLatent = 512;
+struct Fp8<CacheFormat::kFp8V32> : fp8_formats::V32 {
   static constexpr int kTile = 128;
   static constexpr int kScaleBytes = 4;
-  static constexpr int kRopeAt = kLatent + kLatent / kTile * kScaleBytes;
-  static constexpr int kTokenBytes = kRopeAt + 128;
+  static constexpr int kRopeAt = kRopeOffset;
 };
 
 template <>
-struct Fp8<CacheFormat::kFp8V4> {
-  static constexpr int kLatent = 448;
+struct Fp8<CacheFormat::kFp8V4> : fp8_formats::V4 {
   static constexpr int kTile = 64;
   static constexpr int kScaleBytes = 1;
-  static constexpr int kRopeAt = kLatent;
-  static constexpr int kTokenBytes = kRopeAt + 128;
-  static constexpr int kTokenScaleBytes = 8;  // 7, and one of padding
+  static constexpr int kRopeAt = kRopeOffset;
 };
 
 constexpr int kFp8Rope = 64;

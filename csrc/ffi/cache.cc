@@ -1,4 +1,5 @@
 // FFI handlers of the cache's writer and reader: check the buffers, fill the parameters, launch.
+#include "common/fp8_formats.h"
 #include "ffi/check.h"
 
 namespace ffi = xla::ffi;
@@ -8,7 +9,7 @@ namespace {
 
 constexpr const char* kAppend = "flashmla_cache_append";
 constexpr const char* kGather = "flashmla_cache_gather";
-constexpr int64_t kV4TokenBytes = 584;
+constexpr int64_t kV4TokenBytes = fp8_formats::V4::kTokenBytes + fp8_formats::V4::kTokenScaleBytes;
 
 // Sizes of a cache, as its array and the attributes tell them.
 struct CacheSizes {
@@ -56,7 +57,7 @@ ffi::Error read_sizes(const char* op, const ffi::AnyBuffer& cache, int32_t forma
     FLASHMLA_CHECK(op, dims.size() == 4 && dims[1] == page_size, shapes);
     if (s.format == CacheFormat::kFp8V32) {
       FLASHMLA_CHECK(op, cache.element_type() == ffi::DataType::U8, shapes);
-      FLASHMLA_CHECK(op, dims[2] == 1 && dims[3] == 656, shapes);
+      FLASHMLA_CHECK(op, dims[2] == 1 && dims[3] == fp8_formats::V32::kTokenBytes, shapes);
       s.columns = 576;
     } else {
       FLASHMLA_CHECK(op, to_data_type(cache.element_type(), &s.dtype), shapes);

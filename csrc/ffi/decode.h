@@ -2,6 +2,7 @@
 // every format, and the checks of both.
 #pragma once
 
+#include "common/fp8_formats.h"
 #include "common/schedule.h"
 #include "ffi/check.h"
 
@@ -46,9 +47,6 @@ xla::ffi::Error read_cache(const char* op, const xla::ffi::AnyBuffer& cache, int
                            int32_t page_size, const xla::ffi::AnyBuffer& q, const Shapes& shapes,
                            PagedCache* result) {
   using xla::ffi::DataType;
-  constexpr int64_t kV32TokenBytes = 512 + 4 * 4 + 64 * 2;
-  constexpr int64_t kV4DataBytes = 448 + 64 * 2;  // of a token; pages are padded to a multiple
-  constexpr int64_t kV4ScaleBytes = 8;
 
   const auto q_dims = q.dimensions();
   const auto cache_dims = cache.dimensions();
@@ -66,13 +64,12 @@ xla::ffi::Error read_cache(const char* op, const xla::ffi::AnyBuffer& cache, int
     case CacheFormat::kFp8V32:
       FLASHMLA_CHECK(op, cache_dims.size() == 4 && cache_dims[1] == page_size && cache_dims[2] == 1,
                      shapes);
-      FLASHMLA_CHECK(op, cache_dims[3] == kV32TokenBytes && head_dim == 576, shapes);
+      FLASHMLA_CHECK(op, cache_dims[3] == fp8_formats::V32::kTokenBytes && head_dim == 576, shapes);
       FLASHMLA_CHECK(op, cache_type == DataType::U8 || cache_type == DataType::F8E4M3FN, shapes);
       FLASHMLA_CHECK(op, q.element_type() == DataType::BF16, shapes);
       break;
     case CacheFormat::kFp8V4: {
-      const int64_t bytes = page_size * (kV4DataBytes + kV4ScaleBytes);
-      const int64_t page_bytes = (bytes + kV4DataBytes - 1) / kV4DataBytes * kV4DataBytes;
+      const int64_t page_bytes = fp8_formats::V4::page_bytes(page_size);
       FLASHMLA_CHECK(op, cache_dims.size() == 2 && cache_dims[1] == page_bytes && head_dim == 512,
                      shapes);
       FLASHMLA_CHECK(op, cache_type == DataType::U8 && q.element_type() == DataType::BF16, shapes);

@@ -5,8 +5,8 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <new>
 
+#include "common/fp8_formats.h"
 #include "common/ptx.cuh"
 #include "common/schedule.h"
 #include "params.h"
@@ -42,10 +42,7 @@ struct Format;
 
 // 512 x e4m3, 4 x float32 scales, 64 x bfloat16 in a row of 656 bytes.
 template <>
-struct Format<CacheFormat::kFp8V32> {
-  static constexpr int kTokenBytes = 656;
-  static constexpr int kScalesOffset = 512;
-  static constexpr int kRopeOffset = 528;
+struct Format<CacheFormat::kFp8V32> : fp8_formats::V32 {
   static constexpr int kRightTiles = 4;  // of 64 latent values in the right half of the values
 
   // Scales of one half of a token's values: one for two sub-tiles.
@@ -67,20 +64,12 @@ struct Format<CacheFormat::kFp8V32> {
 // In each page first 576 bytes a token: 448 x e4m3 and 64 x bfloat16; then 8 bytes a token: 7 x
 // e8m0 scales. Pages are padded to a multiple of 576 bytes.
 template <>
-struct Format<CacheFormat::kFp8V4> {
-  static constexpr int kTokenBytes = 576;
-  static constexpr int kScaleBytes = 8;
-  static constexpr int kRopeOffset = 448;
+struct Format<CacheFormat::kFp8V4> : fp8_formats::V4 {
   static constexpr int kRightTiles = 3;
-
-  static constexpr int64_t page_bytes(int64_t page_size) {
-    const int64_t bytes = page_size * (kTokenBytes + kScaleBytes);
-    return (bytes + kTokenBytes - 1) / kTokenBytes * kTokenBytes;
-  }
 
   // From the token at `offset` in a page to its scales.
   __device__ __forceinline__ static int to_scales(int page_size, int offset) {
-    return page_size * kTokenBytes - offset * (kTokenBytes - kScaleBytes);
+    return page_size * kTokenBytes - offset * (kTokenBytes - kTokenScaleBytes);
   }
 
   // Scales of one half of a token's values: a byte for each sub-tile.

@@ -41,7 +41,7 @@ Status launch_tiles(const Params& params, cudaStream_t stream) {
     kp.page_size[i] = FastDivide(page_size);
     const int64_t slots = static_cast<int64_t>(pages) * page_size;
     kp.slots[i] = static_cast<uint32_t>(std::min(slots, int64_t{1} << 31));
-    const int64_t page_bytes = Format<CacheFormat::kFp8V4>::page_bytes(page_size);
+    const int64_t page_bytes = fp8_formats::V4::page_bytes(page_size);
     if (kFormat == CacheFormat::kFp8V4 && page_bytes > INT32_MAX) {
       return {cudaErrorNotSupported, "page_size of the sparse decode kernel"};
     }

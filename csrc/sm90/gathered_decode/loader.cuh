@@ -161,9 +161,10 @@ class Loader {
     return mark;
   }
 
-  static constexpr int kTokenBytes = kFormat == CacheFormat::kPlain   ? S::kDim * 2
-                                     : kFormat == CacheFormat::kFp8V4 ? 576
-                                                                      : 656;
+  static constexpr int kTokenBytes = kFormat == CacheFormat::kPlain ? S::kDim * 2
+                                     : kFormat == CacheFormat::kFp8V32
+                                         ? fp8_formats::V32::kTokenBytes
+                                         : fp8_formats::V4::kTokenBytes;
 
   __device__ __forceinline__ const void* cache(int source) const {
     if constexpr (P::kSparse) {
