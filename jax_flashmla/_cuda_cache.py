@@ -34,11 +34,11 @@ def _declined_cache(data: Any, cache_format: str, page_size: int) -> str | None:
     if max(data.shape) > _INT32_MAX or data.shape[-1] > _MAX_COLUMNS:
         return "a dimension is larger than 2^31 - 1, or the last one than 2^30"
     if cache_format == "fp8_v4":
-        least = (_q.V4_DATA_BYTES + _q.V4_SCALE_BYTES) * page_size
-        if data.shape[1] < least or data.shape[1] % 4:
+        expected = _q.page_bytes(page_size)
+        if data.shape[1] != expected:
             return (
-                f"pages have {data.shape[1]} bytes; the kernel takes multiples of 4 from "
-                f"{least} on for {page_size} tokens"
+                f"pages have {data.shape[1]} bytes; the kernel takes {expected} for {page_size} "
+                "tokens"
             )
         return None
     width = _q.FP8_FORMATS[cache_format].token_bytes if cache_format == "fp8_v32" else None

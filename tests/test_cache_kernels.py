@@ -258,6 +258,10 @@ def test_cuda_is_refused_on_other_platforms():
         (PagedKVCache(jnp.zeros((2, 4, 1, 656), jnp.int8), "fp8_v32", 4), "int8"),
         (PagedKVCache(jnp.zeros((2, 5, 1, 656), jnp.uint8), "fp8_v32", 4), "is not that of"),
         (PagedKVCache(jnp.zeros((2, 2000), jnp.uint8), "fp8_v4", 4), "2000 bytes"),
+        (
+            PagedKVCache(jnp.zeros((2, 584 * 4), jnp.uint8), "fp8_v4", 4),
+            "2336 bytes; the kernel takes 2880 for 4 tokens",
+        ),
     ],
 )
 def test_what_the_kernels_decline(cache, text):

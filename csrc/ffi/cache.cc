@@ -9,7 +9,6 @@ namespace {
 
 constexpr const char* kAppend = "flashmla_cache_append";
 constexpr const char* kGather = "flashmla_cache_gather";
-constexpr int64_t kV4TokenBytes = fp8_formats::V4::kTokenBytes + fp8_formats::V4::kTokenScaleBytes;
 
 // Sizes of a cache, as its array and the attributes tell them.
 struct CacheSizes {
@@ -50,9 +49,9 @@ ffi::Error read_sizes(const char* op, const ffi::AnyBuffer& cache, int32_t forma
   CacheSizes s{static_cast<CacheFormat>(format), 0, page_size, 0, 1, 0, DataType::kBFloat16};
   if (s.format == CacheFormat::kFp8V4) {
     FLASHMLA_CHECK(op, dims.size() == 2 && cache.element_type() == ffi::DataType::U8, shapes);
-    s.page_bytes = dims[1];
+    s.page_bytes = fp8_formats::V4::page_bytes(page_size);
     s.columns = 512;
-    FLASHMLA_CHECK(op, s.page_bytes >= kV4TokenBytes * page_size, shapes);
+    FLASHMLA_CHECK(op, dims[1] == s.page_bytes, shapes);
   } else {
     FLASHMLA_CHECK(op, dims.size() == 4 && dims[1] == page_size, shapes);
     if (s.format == CacheFormat::kFp8V32) {
@@ -139,7 +138,7 @@ ffi::Error cache_append(cudaStream_t stream, ffi::AnyBuffer cache, ffi::Buffer<f
     p.norm_weight = norm_weight.untyped_data();
     p.norm_eps = norm_eps;
   }
-  if (rope_cos.element_count() > 0) {
+  if (rope_cos.element_count() > 0 || rope_sin.element_count() > 0) {
     FLASHMLA_CHECK(kAppend, sizes.heads == 1 && p.rope > 0 && p.rope % 2 == 0, shapes);
     for (const auto dims : {rope_cos.dimensions(), rope_sin.dimensions()}) {
       FLASHMLA_CHECK(kAppend, dims.size() == 2 && dims[0] == tokens, shapes);
