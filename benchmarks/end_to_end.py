@@ -235,11 +235,10 @@ def decode_around(
     num_pages: int,
 ) -> tuple[Array, PagedKVCache]:
     """``jax_flashmla.flax.decode`` of one token a request, around another attention."""
-    kv_c, k_pe = core.project_latents(params, x, positions, config)
     slots = slot_mapping(
         table, positions, cache.page_size, num_pages=num_pages, page_offset=first_page
     )
-    cache = cache.append(kv_c, slots, k_pe=k_pe)
+    cache = core.append_latents(params, x, positions, slots, cache, config)
     q = core.absorb_queries(params, *core.project_queries(params, x, positions, config))
     out = core.expand_outputs(params, attend(q, cache))
     return core.project_outputs(params, out), cache

@@ -84,10 +84,14 @@ _DECODE = (
     _number("peer_us", "peer us", 9, ".1f"),
     _number("peer_over_ours", "peer/ours", 9, ".2f"),
 )
+_FP8_ERROR = _number("fp8_matmul_error", "error", 6, ".1%")
 _SPARSE = (
     *_DECODE,
     _number("invariant_us", "invariant", 9, ".1f"),
     _number("invariant_over_ordinary", "ratio", 6, ".2f"),
+    _number("fp8_matmul_us", "FP8 products", 12, ".1f"),
+    _number("ordinary_over_fp8_matmul", "ratio", 6, ".2f"),
+    _FP8_ERROR,
 )
 
 TABLES = {
@@ -135,7 +139,7 @@ TABLES = {
     ),
     "sparse_more": Table("Sparse decode, further cases", _SPARSE),
     "fp8_dense": Table(
-        "Dense decode over an FP8 V3.2 cache, and in us over a bfloat16 one",
+        "Dense decode over an FP8 V3.2 cache, and in us over a bfloat16 one and with FP8 products",
         (
             _NAME,
             _US,
@@ -144,6 +148,9 @@ TABLES = {
             _fraction("matmul"),
             _number("plain_us", "bf16", 9, ".1f"),
             _number("over_plain", "FP8/bf16", 9, ".2f"),
+            _number("fp8_matmul_us", "FP8 products", 12, ".1f"),
+            _number("plain_over_fp8_matmul", "bf16/that", 9, ".2f"),
+            _FP8_ERROR,
         ),
     ),
     "cache": Table(

@@ -90,6 +90,7 @@ class Timer:
         self.limits, self.launches, self.replays, self.slots = limits, launches, replays, slots
         self._pools: dict[str, jax.Array] = {}
         self._known: dict[tuple[Any, ...], measure.Times] = {}
+        self._errors: dict[BenchmarkCase | DenseCase, float] = {}
 
     def pool(self, cache_format: str) -> jax.Array:
         """The cache of this format, made when it is first asked for."""
@@ -107,33 +108,63 @@ class Timer:
             )
         return self._known[key]
 
-    def raw(self, case: BenchmarkCase, batch_invariant: bool = False) -> measure.Times:
+    def _sparse(self, case: BenchmarkCase, **options: bool) -> RawSparseDecode:
+        return RawSparseDecode(
+            **arrays_of(case, self.pool(case.cache_format)),
+            softmax_scale=case.softmax_scale,
+            cache_format=case.cache_format,
+            head_dim_v=case.dv,
+            **options,
+        )
+
+    def _dense(self, case: DenseCase, cache_format: str, **options: bool) -> RawDenseDecode:
+        return RawDenseDecode(
+            **measure.arrays_of(case, self.pool(cache_format)),
+            softmax_scale=case.softmax_scale,
+            cache_format=cache_format,
+            **options,
+        )
+
+    def raw(
+        self, case: BenchmarkCase, batch_invariant: bool = False, fp8_matmul: bool = False
+    ) -> measure.Times:
         """Times of a sparse case through the raw launchers."""
         return self._timed(
-            (case, batch_invariant),
-            lambda: RawSparseDecode(
-                **arrays_of(case, self.pool(case.cache_format)),
-                softmax_scale=case.softmax_scale,
-                cache_format=case.cache_format,
-                head_dim_v=case.dv,
-                batch_invariant=batch_invariant,
-            ),
+            (case, batch_invariant, fp8_matmul),
+            lambda: self._sparse(case, batch_invariant=batch_invariant, fp8_matmul=fp8_matmul),
         )
 
-    def raw_dense(self, case: DenseCase, cache_format: str) -> measure.Times:
+    def raw_dense(
+        self, case: DenseCase, cache_format: str, fp8_matmul: bool = False
+    ) -> measure.Times:
         """Times of a dense case over a cache of this format."""
         return self._timed(
-            (case, cache_format),
-            lambda: RawDenseDecode(
-                **measure.arrays_of(case, self.pool(cache_format)),
-                softmax_scale=case.softmax_scale,
-                cache_format=cache_format,
-            ),
+            (case, cache_format, fp8_matmul),
+            lambda: self._dense(case, cache_format, fp8_matmul=fp8_matmul),
         )
 
+    def fp8_matmul_error(self, case: BenchmarkCase | DenseCase) -> float:
+        """How far ``out`` with FP8 products is from ``out`` without, over a V3.2 cache, by norm."""
+
+        def out(fp8_matmul: bool) -> np.ndarray:
+            if isinstance(case, DenseCase):
+                problem: Any = self._dense(case, "fp8_v32", fp8_matmul=fp8_matmul)
+            else:
+                problem = self._sparse(case, fp8_matmul=fp8_matmul)
+            return problem.run()[0].astype(np.float32)
+
+        if case not in self._errors:
+            exact = out(False)
+            self._errors[case] = float(np.linalg.norm(out(True) - exact) / np.linalg.norm(exact))
+        return self._errors[case]
+
     def decode(self, case: BenchmarkCase) -> Row:
-        """A sparse case beside the ceilings, the peer and its batch-invariant schedule."""
+        """A sparse case beside the ceilings and the peer; batch-invariant; with FP8 products."""
         times, invariant = self.raw(case), self.raw(case, batch_invariant=True)
+        fp8_us = error = None
+        if case.cache_format == "fp8_v32":
+            fp8_us = self.raw(case, fp8_matmul=True).us
+            error = self.fp8_matmul_error(case)
         return {
             **sizes(case),
             "us": times.us,
@@ -143,18 +174,25 @@ class Timer:
             "peer_over_ours": None if case.peer_us is None else case.peer_us / times.us,
             "invariant_us": invariant.us,
             "invariant_over_ordinary": invariant.us / times.us,
+            "fp8_matmul_us": fp8_us,
+            "ordinary_over_fp8_matmul": None if fp8_us is None else times.us / fp8_us,
+            "fp8_matmul_error": error,
         }
 
     def fp8_dense(self, case: DenseCase) -> Row:
-        """Dense decode over an FP8 cache beside a bfloat16 one of the same tokens."""
+        """Dense decode over an FP8 cache, ordinary and in FP8, and over a bfloat16 one."""
         us = self.raw_dense(case, "fp8_v32").us
         plain_us = self.raw_dense(case, "plain").us
+        fp8_us = self.raw_dense(case, "fp8_v32", fp8_matmul=True).us
         return {
             **measure.sizes(case),
             "us": us,
             **self._rates(case.flop(), sparse_cases.fp8_dense_bytes(case), us),
             "plain_us": plain_us,
             "over_plain": us / plain_us,
+            "fp8_matmul_us": fp8_us,
+            "plain_over_fp8_matmul": plain_us / fp8_us,
+            "fp8_matmul_error": self.fp8_matmul_error(case),
         }
 
     def _rates(self, flop: int, size: int, us: float) -> Row:

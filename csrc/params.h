@@ -36,6 +36,7 @@ struct DecodeParams {
   int num_parts;          // rows of the schedule = parts the work is divided into
   float softmax_scale;    // multiplies q.k, in natural-log units
   bool batch_invariant;   // split boundaries depend on the request's own length only
+  bool fp8_matmul;        // products of latent columns in FP8; kFp8V32 caches only
   bool sink_per_request;  // attn_sink is [b, h_q] instead of [h_q]
   DataType dtype;
 
@@ -120,7 +121,7 @@ struct CacheAppendParams {
   DataType dtype;  // of a plain cache
   int num_pages;
   int page_size;
-  int64_t page_bytes;  // of kFp8V4, at least 584 * page_size
+  int64_t page_bytes;  // of kFp8V4: fp8_formats::V4::page_bytes(page_size)
   int heads;
   int latent;                // columns that kv_c gives
   int rope;                  // and k_pe; 0 without
@@ -151,7 +152,7 @@ struct CacheGatherParams {
   DataType dtype;  // of a plain cache
   int num_pages;
   int page_size;
-  int64_t page_bytes;  // of kFp8V4, at least 584 * page_size
+  int64_t page_bytes;  // of kFp8V4: fp8_formats::V4::page_bytes(page_size)
   int64_t columns;     // heads * d of a plain cache
   int64_t tokens;      // n
   DataType out_dtype;

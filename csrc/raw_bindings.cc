@@ -205,6 +205,7 @@ void bind_raw(nb::module_& m) {
       .def_rw("num_parts", &DecodeParams::num_parts)
       .def_rw("softmax_scale", &DecodeParams::softmax_scale)
       .def_rw("batch_invariant", &DecodeParams::batch_invariant)
+      .def_rw("fp8_matmul", &DecodeParams::fp8_matmul)
       .def_rw("sink_per_request", &DecodeParams::sink_per_request)
       .def_rw("longer_is_nan", &DecodeParams::longer_is_nan)
       .def_rw("num_slots", &DecodeParams::num_slots)

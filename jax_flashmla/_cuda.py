@@ -188,6 +188,7 @@ def _call_decode(
     capacity: int,
     softmax_scale: float,
     batch_invariant: bool,
+    fp8_matmul: bool,
     cache_format: str,
     page_size: int,
     **attributes: Any,
@@ -217,6 +218,7 @@ def _call_decode(
         *arrays,
         softmax_scale=np.float32(softmax_scale),
         batch_invariant=np.bool_(batch_invariant),
+        fp8_matmul=np.bool_(fp8_matmul),
         cache_format=np.int32(FORMAT_CODES[cache_format]),
         page_size=np.int32(page_size),
         **attributes,
@@ -233,6 +235,7 @@ def dense_decode(
     cache_format: str,
     page_size: int,
     batch_invariant: bool,
+    fp8_matmul: bool,
     num_sm_parts: int | None,
 ) -> tuple[jax.Array, ...]:
     """Dense decode by the kernels in csrc/sm90 and csrc/smxx/combine.cu."""
@@ -269,6 +272,7 @@ def dense_decode(
         capacity=block_table.shape[1] * page_size,
         softmax_scale=softmax_scale,
         batch_invariant=batch_invariant,
+        fp8_matmul=fp8_matmul,
         cache_format=cache_format,
         page_size=page_size,
         causal=np.bool_(causal),
@@ -290,6 +294,7 @@ def sparse_decode(
     page_size: int,
     extra_page_size: int | None,
     batch_invariant: bool,
+    fp8_matmul: bool,
     num_sm_parts: int | None,
 ) -> tuple[jax.Array, ...]:
     """Sparse decode by the kernels in csrc/sm90 and csrc/smxx/combine.cu."""
@@ -335,6 +340,7 @@ def sparse_decode(
         capacity=selected_capacity(topk, extra_topk),
         softmax_scale=softmax_scale,
         batch_invariant=batch_invariant,
+        fp8_matmul=fp8_matmul,
         cache_format=cache_format,
         page_size=page_size,
         extra_page_size=np.int32(extra_page_size or 0),  # 0: there is no extra cache

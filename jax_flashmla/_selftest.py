@@ -30,6 +30,9 @@ LSE_TOLERANCE = 8.01 / 65536  # relative
 # An lse near 0 is a sum that cancelled, of 576 products whose magnitudes add up to about 40, with
 # the error in float32 that goes with that. It is measured as if it were this large.
 LSE_FLOOR = 0.1
+# Where products are in FP8, numbers have three bits after the first: an error of up to 1/16, by
+# norm about half of that; and scores, whose deviation is about 2, are off by up to 0.2.
+FP8_TOLERANCE, FP8_LSE_TOLERANCE = 5e-2, 0.5
 # Gradients pass through two more roundings to bfloat16.
 GRADIENT_TOLERANCE = 6e-3
 
@@ -167,8 +170,22 @@ def _poison(cache: PagedKVCache) -> PagedKVCache:
     return PagedKVCache(jnp.full_like(cache.data, 0xFF), cache.format, cache.page_size)
 
 
+def _check_decode(result: Result, got: Any, want: Any, fp8_matmul: bool) -> None:
+    """Notes the errors of out and lse."""
+    out, lse = TOLERANCE["bfloat16"], LSE_TOLERANCE
+    if fp8_matmul:
+        out, lse = FP8_TOLERANCE, FP8_LSE_TOLERANCE
+    result.check("out", relative_error(got[0], want[0]), out)
+    result.check("lse", lse_error(got[1], want[1]), lse)
+
+
 def _dense_decode(
-    call: Caller, result: Result, *, schedule: bool = False, cache_format: str = "plain"
+    call: Caller,
+    result: Result,
+    *,
+    schedule: bool = False,
+    cache_format: str = "plain",
+    fp8_matmul: bool = False,
 ) -> None:
     """Two query tokens a request, causal; a request without tokens; NaN in all unused slots."""
     rng = np.random.default_rng(1)
@@ -203,6 +220,7 @@ def _dense_decode(
         softmax_scale=scale,
         causal=True,
         is_fp8_kvcache=cache_format != "plain",
+        fp8_matmul=fp8_matmul,
     )
     want_out, want_lse = np.zeros(out.shape), np.zeros(lse.shape)
     for r, n in enumerate(lengths):
@@ -210,11 +228,12 @@ def _dense_decode(
         for i in range(s_q):
             seen = np.arange(n) <= n - s_q + i
             want_out[r, i], want_lse[r, :, i] = attention(_f64(q[r, i]), keys, scale, dv, seen)
-    result.check("out", relative_error(out, want_out), TOLERANCE["bfloat16"])
-    result.check("lse", lse_error(lse, want_lse), LSE_TOLERANCE)
+    _check_decode(result, (out, lse), (want_out, want_lse), fp8_matmul)
 
 
-def _sparse_decode(call: Caller, result: Result, *, cache_format: str, extra: bool) -> None:
+def _sparse_decode(
+    call: Caller, result: Result, *, cache_format: str, extra: bool, fp8_matmul: bool = False
+) -> None:
     """Chosen tokens of one cache or two, some choices invalid, with an attention sink."""
     rng = np.random.default_rng(2)
     b, heads, d, dv, topk = 3, 8, 512 if cache_format == "fp8_v4" else 576, 512, 96
@@ -257,6 +276,7 @@ def _sparse_decode(call: Caller, result: Result, *, cache_format: str, extra: bo
         indices=indices[0],
         topk_length=limits[0],
         attn_sink=sink,
+        fp8_matmul=fp8_matmul,
         **more,
     )
     want_out, want_lse = np.zeros(out.shape), np.zeros(lse.shape)
@@ -265,8 +285,7 @@ def _sparse_decode(call: Caller, result: Result, *, cache_format: str, extra: bo
         want_out[r, 0], want_lse[r, :, 0] = attention(
             _f64(q[r, 0]), keys, scale, dv, sink=_f64(sink)
         )
-    result.check("out", relative_error(out, want_out), TOLERANCE["bfloat16"])
-    result.check("lse", lse_error(lse, want_lse), LSE_TOLERANCE)
+    _check_decode(result, (out, lse), (want_out, want_lse), fp8_matmul)
 
 
 def _sparse_prefill(call: Caller, result: Result) -> None:
@@ -360,9 +379,15 @@ CASES: dict[str, Callable[[Caller, Result], None]] = {
     "dense decode, bfloat16": _dense_decode,
     "dense decode, reused schedule": lambda c, r: _dense_decode(c, r, schedule=True),
     "dense decode, FP8 (V3.2)": lambda c, r: _dense_decode(c, r, cache_format="fp8_v32"),
+    "dense decode, FP8 products": lambda c, r: _dense_decode(
+        c, r, cache_format="fp8_v32", fp8_matmul=True
+    ),
     "sparse decode, bfloat16": lambda c, r: _sparse_decode(c, r, cache_format="plain", extra=False),
     "sparse decode, FP8 (V3.2)": lambda c, r: _sparse_decode(
         c, r, cache_format="fp8_v32", extra=False
+    ),
+    "sparse decode, FP8 products, two caches": lambda c, r: _sparse_decode(
+        c, r, cache_format="fp8_v32", extra=True, fp8_matmul=True
     ),
     "sparse decode, FP8 (V4), two caches": lambda c, r: _sparse_decode(
         c, r, cache_format="fp8_v4", extra=True

@@ -253,6 +253,21 @@ def _check_query(q: Any, cache: _Cache, head_dim_v: Any) -> int:
     return head_dim_v
 
 
+def _check_fp8_matmul(cache: _Cache) -> None:
+    """Checks that products in FP8 can be had over this cache."""
+    if cache.format == "plain":
+        raise ValueError(
+            f"{_NAME}: argument 'fp8_matmul' is True, but 'k_cache' is a "
+            f"{np.dtype(cache.data.dtype).name} cache of shape {tuple(cache.data.shape)}; expected "
+            "fp8_matmul=False or a V3.2 FP8 cache, whose codes are what is multiplied"
+        )
+    if cache.format != "fp8_v32":
+        raise NotImplementedError(
+            f"{_NAME}: 'fp8_matmul' supports caches of format 'fp8_v32'; 'k_cache' is "
+            f"{cache.format!r}, whose values contain the RoPE columns, which are bfloat16"
+        )
+
+
 def _check_indices(indices: Any, q: Any, name: str, topk_name: str) -> None:
     b, s_q = q.shape[:2]
     _check_int32(name, indices, (b, s_q, None), ("b", "s_q", topk_name))
@@ -294,6 +309,7 @@ def flash_mla_with_kvcache(
     *,
     implementation: str | None = None,
     batch_invariant: bool = False,
+    fp8_matmul: bool = False,
     num_sm_parts: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Multi-head latent attention of new query tokens over a paged cache.
@@ -360,6 +376,11 @@ def flash_mla_with_kvcache(
             for plain XLA, None for the best that supports the case.
         batch_invariant: results of a request have the same bits alone and in any batch. The
             metadata must be made with the same.
+        fp8_matmul: over a V3.2 FP8 cache, dense or sparse, let the kernels multiply in FP8: faster
+            and less exact. The latent columns of q and the softmax weights are rounded to
+            float8_e4m3fn, three bits of mantissa, and multiplied with the codes of the cache as
+            they are; RoPE columns stay bfloat16, and scales are applied in float32. On XLA it has
+            no effect: the products stay as they are without it, which is more exact.
         num_sm_parts: how many parts the work is divided into when no metadata is given; by
             default as many as fit on the GPU. Any number gives right results.
 
@@ -370,12 +391,14 @@ def flash_mla_with_kvcache(
     Raises:
         ValueError: an argument is missing, or of the wrong type, shape or dtype, or contradicts
             another one. The message names the argument, what it is and what was expected.
-        NotImplementedError: sparse attention over more than one key head; derivatives; and
-            ``implementation="cuda"`` for a case or on a platform without a kernel.
+        NotImplementedError: sparse attention over more than one key head; ``fp8_matmul`` over a V4
+            cache; derivatives; and ``implementation="cuda"`` for a case or on a platform without a
+            kernel.
     """
     causal = _checks.check_bool(_NAME, "causal", causal)
     is_fp8_kvcache = _checks.check_bool(_NAME, "is_fp8_kvcache", is_fp8_kvcache)
     batch_invariant = _checks.check_bool(_NAME, "batch_invariant", batch_invariant)
+    fp8_matmul = _checks.check_bool(_NAME, "fp8_matmul", fp8_matmul)
     _dispatch.check_implementation(_NAME, implementation)
     if num_sm_parts is not None:
         num_sm_parts = _checks.check_int(_NAME, "num_sm_parts", num_sm_parts, 1)
@@ -384,6 +407,8 @@ def flash_mla_with_kvcache(
     _checks.check_dtype(_NAME, "q", q, _PLAIN_QUERIES)
     cache = _read_cache("k_cache", k_cache, is_fp8_kvcache)
     head_dim_v = _check_query(q, cache, head_dim_v)
+    if fp8_matmul:
+        _check_fp8_matmul(cache)
     b, _, h_q, d = q.shape
     if softmax_scale is None:
         softmax_scale = d**-0.5
@@ -410,6 +435,7 @@ def flash_mla_with_kvcache(
         "cache_format": cache.format,
         "page_size": cache.page_size,
         "batch_invariant": batch_invariant,
+        "fp8_matmul": fp8_matmul,
         "num_sm_parts": num_sm_parts,
     }
     if indices is None:

@@ -98,6 +98,7 @@ def dense_decode_params(
     is_fp16: bool,
     causal: bool = False,
     batch_invariant: bool = False,
+    fp8_matmul: bool = False,
     sink_per_request: bool = False,
     head_dim: int = 576,
     head_dim_v: int = 512,
@@ -127,6 +128,7 @@ def dense_decode_params(
         softmax_scale=softmax_scale,
         is_fp16=is_fp16,
         batch_invariant=batch_invariant,
+        fp8_matmul=fp8_matmul,
         sink_per_request=sink_per_request,
         addresses=addresses,
     )
@@ -157,6 +159,7 @@ def sparse_decode_params(
     extra_topk: int = 0,
     is_fp16: bool = False,
     batch_invariant: bool = False,
+    fp8_matmul: bool = False,
     sink_per_request: bool = False,
     head_dim_v: int = 512,
     **addresses: int,
@@ -186,6 +189,7 @@ def sparse_decode_params(
         softmax_scale=softmax_scale,
         is_fp16=is_fp16,
         batch_invariant=batch_invariant,
+        fp8_matmul=fp8_matmul,
         sink_per_request=sink_per_request,
         addresses=addresses,
     )
@@ -207,6 +211,7 @@ def _set_common(
     softmax_scale: float,
     is_fp16: bool,
     batch_invariant: bool,
+    fp8_matmul: bool,
     sink_per_request: bool,
     addresses: dict[str, int],
 ) -> None:
@@ -217,6 +222,7 @@ def _set_common(
     p.slots_per_request = _cuda.max_invariant_splits(capacity)
     p.softmax_scale, p.is_fp16 = softmax_scale, is_fp16
     p.batch_invariant, p.sink_per_request = batch_invariant, sink_per_request
+    p.fp8_matmul = fp8_matmul
     expected = {"q", "schedule", "attn_sink", "out", "lse"}
     expected |= {"partial_out", "partial_lse", "schedule_is_broken"}
     assert set(addresses) == expected, f"addresses of {sorted(expected ^ set(addresses))}"
@@ -282,6 +288,7 @@ class _RawDecode:
     attn_sink: jax.Array | None
     head_dim_v: int
     batch_invariant: bool
+    fp8_matmul: bool
     num_sm_parts: int | None
     schedule: jax.Array | None
     # Set by the class of each kind.
@@ -317,6 +324,7 @@ class _RawDecode:
             "num_parts": parts,
             "num_slots": slots,
             "batch_invariant": self.batch_invariant,
+            "fp8_matmul": self.fp8_matmul,
             "sink_per_request": self.attn_sink is not None and self.attn_sink.ndim == 2,
             "is_fp16": self.q.dtype == jnp.float16,
             "q": address_of(self.q),
@@ -377,6 +385,7 @@ class RawDenseDecode(_RawDecode):
     num_sm_parts: int | None = None
     schedule: jax.Array | None = None
     cache_format: str = "plain"
+    fp8_matmul: bool = False
 
     def __post_init__(self) -> None:
         _, s_q, h_q, _ = self.q.shape
@@ -422,6 +431,7 @@ class RawSparseDecode(_RawDecode):
     batch_invariant: bool = False
     num_sm_parts: int | None = None
     schedule: jax.Array | None = None
+    fp8_matmul: bool = False
 
     def _page_size(self, cache: jax.Array) -> int:
         if self.cache_format == "fp8_v4":

@@ -157,6 +157,34 @@ BAD = {
     "NaN scale": (dense, {"softmax_scale": float("nan")}, "softmax_scale", "nan", "finite"),
     "traced scale": (dense, {"softmax_scale": array(dtype=F32)}, "softmax_scale", "Array", "float"),
     "causal 1": (dense, {"causal": 1}, "causal", "1", "bool"),
+    "fp8_matmul 1": (sparse, {"fp8_matmul": 1}, "fp8_matmul", "1 of type int", "bool"),
+    "fp8_matmul None": (dense, {"fp8_matmul": None}, "fp8_matmul", "None", "bool"),
+    "fp8_matmul over a plain cache": (
+        dense,
+        {"fp8_matmul": True},
+        "fp8_matmul",
+        "a bfloat16 cache of shape (6, 8, 2, 32)",
+        "a V3.2 FP8 cache",
+    ),
+    "fp8_matmul over a plain cache on XLA": (
+        dense,
+        {"fp8_matmul": True, "implementation": "xla"},
+        "fp8_matmul",
+        "a bfloat16 cache",
+        "a V3.2 FP8 cache",
+    ),
+    "fp8_matmul over plain caches, sparse": (
+        sparse,
+        {
+            "k_cache": array(6, 8, 1, 576, dtype=BF16),
+            "extra_k_cache": array(3, 2, 1, 576, dtype=BF16),
+            "is_fp8_kvcache": False,
+            "fp8_matmul": True,
+        },
+        "fp8_matmul",
+        "a bfloat16 cache",
+        "a V3.2 FP8 cache",
+    ),
     "FP8 flag": (dense, {"is_fp8_kvcache": True}, "is_fp8_kvcache", "True", "False"),
     "rank of attn_sink": (
         dense,
@@ -472,6 +500,20 @@ def test_bad_calls_are_refused_while_tracing(nothing_launched):
 def test_unsupported_calls_say_why(good, changes, reason):
     with pytest.raises(NotImplementedError, match=reason):
         FUNCTIONS[good](**{**good(), **changes})
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "cuda"])
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_fp8_matmul_is_not_for_v4_caches(kind, implementation, nothing_launched):
+    call = sparse() | {"q": array(2, 1, 4, 512, dtype=BF16), "k_cache": v4(), "extra_k_cache": v4()}
+    if kind == "dense":
+        call = {name: call[name] for name in ("q", "k_cache", "head_dim_v", "is_fp8_kvcache")}
+        call |= {"block_table": array(2, 3), "cache_seqlens": array(2)}
+    with pytest.raises(
+        NotImplementedError,
+        match="^flash_mla_with_kvcache: 'fp8_matmul' supports .*'fp8_v32'.*'fp8_v4'.*RoPE columns",
+    ):
+        flash_mla_with_kvcache(**call, fp8_matmul=True, implementation=implementation)
 
 
 @pytest.mark.parametrize("good", FUNCTIONS, ids=lambda good: good.__name__)

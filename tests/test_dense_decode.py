@@ -27,6 +27,7 @@ STATIC = (
     "is_fp8_kvcache",
     "implementation",
     "batch_invariant",
+    "fp8_matmul",
     "num_sm_parts",
 )
 decode = functools.partial(
@@ -437,6 +438,7 @@ def test_any_chunks_and_blocks(monkeypatch, limit):
             cache_format="plain",
             page_size=case.page_size,
             batch_invariant=False,
+            fp8_matmul=False,
             num_sm_parts=None,
         )
     )(operands)

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_flashmla
-from jax_flashmla import PagedKVCache, slot_mapping, token_slots
+from jax_flashmla import PagedKVCache, _dispatch, slot_mapping, token_slots
 from jax_flashmla.flax import (
     MLAConfig,
     YarnScaling,
@@ -150,6 +150,46 @@ def test_decode_step_by_step(config):
                 assert np.all(np.asarray(out[r]) == 0)
     for out, full in zip(outs, expected, strict=True):
         assert oracle.error(out, full) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decode_writes_the_tokens_of_prefill(config, dtype):
+    """They are normalised and rotated on the way into the cache, or before."""
+    config = dataclasses.replace(config, dtype=dtype)
+    params, (x,) = make_params(config), make_sequences((11,), config)
+    positions = np.arange(11, dtype=np.int32)
+    result = jax.jit(functools.partial(prefill, config=config))(params, x, cu_seqlens_of([11]))
+    slots = slot_mapping(TABLE[:1], positions[None], PAGE)[0]
+    _, cache = step_of(decode, config)(
+        *(params, x[None], positions[None]),
+        cache=empty_cache(config, 8, PAGE),
+        block_table=TABLE[:1],
+    )
+    written = np.asarray(cache.gather(slots)[:, 0], np.float32)
+    expected = np.concatenate([result.kv_c, result.k_pe], axis=-1).astype(np.float32)
+    # Where XLA adds up in another order, a last bit is another; few are left once rounded.
+    rtol = {"float32": 1e-6, "bfloat16": 2**-7}[dtype]
+    np.testing.assert_allclose(written, expected, rtol=rtol, atol=1e-6)
+    if dtype == "bfloat16":
+        assert np.mean(written != expected) < 0.02
+
+
+def test_decode_leaves_the_norm_and_the_rotation_to_the_kernel(monkeypatch):
+    monkeypatch.setattr(_dispatch, "cuda_devices", lambda: [])  # lower for another machine
+    # Of norms in the program there is that of the queries' latent, and of tokens with a factor.
+    for name, norms in (("plain", 0), ("half_split", 0), ("yarn", 1), ("query_latent", 2)):
+        config = CONFIGS[name]
+        step = jax.jit(functools.partial(decode, config=config))
+        arguments = (np.ones((3, 1, 64), np.float32), np.zeros((3, 1), np.int32))
+        cache = empty_cache(config, 8, PAGE)
+        traced = step.trace(make_params(config), *arguments, cache, TABLE)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        [call] = [line for line in text.splitlines() if "@flashmla_cache_append(" in line]
+        assert text.count("stablehlo.rsqrt") == norms, name
+        layout = "true" if config.rope_layout == "interleaved" else "false"
+        assert name == "query_latent" or f"rope_interleaved = {layout}" in call
+        # Empty arrays for what is absent: k_pe beside whole tokens; or a norm, cosines and sines.
+        assert call.count("tensor<0xf32>") == (3 if name == "query_latent" else 1)
 
 
 @two_configs

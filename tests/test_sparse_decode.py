@@ -26,6 +26,7 @@ STATIC = (
     "is_fp8_kvcache",
     "implementation",
     "batch_invariant",
+    "fp8_matmul",
     "num_sm_parts",
 )
 decode = functools.partial(

@@ -353,7 +353,7 @@ def kernel_call(cache_format, *, sparse, extra):
         arrays["extra_indices_in_kvcache"] = shape((2, 3, 0), jnp.int32)
     static = {"is_fp8_kvcache": cache_format != "plain", "causal": not sparse}
 
-    def call(arrays, batch_invariant):
+    def call(arrays, batch_invariant, fp8_matmul):
         absent = {} if not sparse else {"block_table": None, "cache_seqlens": None}
         return flash_mla_with_kvcache(
             **arrays,
@@ -361,6 +361,7 @@ def kernel_call(cache_format, *, sparse, extra):
             **static,
             head_dim_v=512,
             batch_invariant=batch_invariant,
+            fp8_matmul=fp8_matmul,
             num_sm_parts=PARTS,
         )
 
@@ -369,22 +370,24 @@ def kernel_call(cache_format, *, sparse, extra):
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "cache_format", "extra"),
+    ("kind", "cache_format", "extra", "fp8_matmul"),
     [
-        ("dense", "plain", False),
-        ("dense", "fp8_v32", False),
-        ("sparse", "plain", False),
-        ("sparse", "fp8_v32", True),
-        ("sparse", "fp8_v4", True),
+        ("dense", "plain", False, False),
+        ("dense", "fp8_v32", False, False),
+        ("dense", "fp8_v32", False, True),
+        ("sparse", "plain", False, False),
+        ("sparse", "fp8_v32", True, False),
+        ("sparse", "fp8_v32", True, True),
+        ("sparse", "fp8_v4", True, False),
     ],
 )
-def test_calls_of_the_kernels(monkeypatch, kind, cache_format, extra, batch_invariant):
+def test_calls_of_the_kernels(monkeypatch, kind, cache_format, extra, fp8_matmul, batch_invariant):
     """Attributes and workspace of the FFI calls, as exported on a machine without a GPU."""
     monkeypatch.setattr(_dispatch, "cuda_devices", lambda: [])
     call, arrays, attributes = kernel_call(cache_format, sparse=kind == "sparse", extra=extra)
     target = f"flashmla_{kind}_decode"
     exported = jax.export.export(
-        jax.jit(functools.partial(call, batch_invariant=batch_invariant)),
+        jax.jit(functools.partial(call, batch_invariant=batch_invariant, fp8_matmul=fp8_matmul)),
         platforms=("cuda",),
         disabled_checks=[
             jax.export.DisabledSafetyCheck.custom_call(name)
@@ -394,6 +397,7 @@ def test_calls_of_the_kernels(monkeypatch, kind, cache_format, extra, batch_inva
     (line,) = (x for x in exported.mlir_module().splitlines() if f"@{target}(" in x)
     found = dict(re.findall(r"(\w+) = (\w+)", re.search(r"backend_config = {(.*?)}", line)[1]))
     attributes["batch_invariant"] = str(batch_invariant).lower()
+    attributes["fp8_matmul"] = str(fp8_matmul).lower()
     expected = {name: str(value) for name, value in attributes.items()}
     assert found.keys() - expected.keys() == {"softmax_scale"}
     assert {name: found[name] for name in expected} == expected

@@ -38,6 +38,14 @@ __device__ __forceinline__ uint64_t mn_major(uint32_t address, int column_stride
          ((address & 0x3FFFF) >> 4);
 }
 
+constexpr uint64_t kSwizzle64B = uint64_t{2} << 62;
+
+// The same with rows of 64 bytes: groups of 8 rows are 512 bytes side by side, the 16-byte chunk c
+// of row r stored at chunk c ^ (r / 2 % 4).
+__device__ __forceinline__ uint64_t k_major_64b(uint32_t address) {
+  return kSwizzle64B | distance(512) << 32 | uint64_t{1} << 16 | ((address & 0x3FFFF) >> 4);
+}
+
 // Before the first product that uses registers written since.
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -71,6 +79,9 @@ __device__ __forceinline__ void hold(float (&registers)[kCount]) {
   FLASHMLA_ACC_128(d), FLASHMLA_ACC_32_FROM(d, 64), FLASHMLA_ACC_32_FROM(d, 96)
 
 // clang-format off
+#define FLASHMLA_REGISTERS_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+
 #define FLASHMLA_REGISTERS_64 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -132,11 +143,36 @@ __device__ __forceinline__ void hold(float (&registers)[kCount]) {
 FLASHMLA_DEFINE_WGMMA(__nv_bfloat16, "bf16")
 FLASHMLA_DEFINE_WGMMA(__half, "f16")
 
+// The same for e4m3, 32 elements of the reduction axis. All operands are K-major, as they must be.
+//
+// Sums of such products are known to keep about 14 bits on sm_90, so only few of them should go to
+// one accumulator.
+__device__ __forceinline__ void m64n32k32_e4m3_ss(float (&d)[16], uint64_t a, uint64_t b,
+                                                  bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {" FLASHMLA_REGISTERS_32
+      "}, %16, %17, p, 1, 1;\n}\n"
+      : FLASHMLA_ACC_8(d, 0), FLASHMLA_ACC_8(d, 8)
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+
+__device__ __forceinline__ void m64n64k32_e4m3_rs(float (&d)[32], const uint32_t (&a)[4],
+                                                  uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" FLASHMLA_REGISTERS_64
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n}\n"
+      : FLASHMLA_ACC_64(d)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+
 #undef FLASHMLA_DEFINE_WGMMA
 #undef FLASHMLA_DEFINE_WGMMA_VALUES
 #undef FLASHMLA_REGISTERS_256
 #undef FLASHMLA_REGISTERS_128
 #undef FLASHMLA_REGISTERS_64
+#undef FLASHMLA_REGISTERS_32
 #undef FLASHMLA_ACC_256
 #undef FLASHMLA_ACC_128
 #undef FLASHMLA_ACC_64

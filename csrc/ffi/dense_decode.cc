@@ -15,7 +15,8 @@ ffi::Error dense_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_
                         ffi::Result<ffi::Buffer<ffi::F32>> partial_out,
                         ffi::Result<ffi::Buffer<ffi::F32>> partial_lse,
                         ffi::Result<ffi::Buffer<ffi::S32>> status, float softmax_scale, bool causal,
-                        bool batch_invariant, int32_t cache_format, int32_t page_size) {
+                        bool batch_invariant, bool fp8_matmul, int32_t cache_format,
+                        int32_t page_size) {
   const DecodeBuffers common{q, schedule, attn_sink, out, lse, partial_out, partial_lse, status};
   const auto shapes = [&] {
     return describe(common) + describe("k_cache", k_cache) + describe("block_table", block_table) +
@@ -36,6 +37,8 @@ ffi::Error dense_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_
   FLASHMLA_CHECK(kOp, table_dims[0] == p.batch && lengths_dims[0] == p.batch, shapes);
   p.format = static_cast<CacheFormat>(cache_format);
   FLASHMLA_CHECK(kOp, p.format == CacheFormat::kPlain || p.format == CacheFormat::kFp8V32, shapes);
+  FLASHMLA_CHECK(kOp, !fp8_matmul || p.format == CacheFormat::kFp8V32, shapes);
+  p.fp8_matmul = fp8_matmul;
 
   p.runs[0] = {cache_seqlens.typed_data(), capacity};
   p.longer_is_nan = true;
@@ -71,6 +74,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashMlaDenseDecode, flashmla::dense_decode,
                                   .Attr<float>("softmax_scale")
                                   .Attr<bool>("causal")
                                   .Attr<bool>("batch_invariant")
+                                  .Attr<bool>("fp8_matmul")
                                   .Attr<int32_t>("cache_format")
                                   .Attr<int32_t>("page_size"),
                               {ffi::Traits::kCmdBufferCompatible});

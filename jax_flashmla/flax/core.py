@@ -38,7 +38,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from jax_flashmla import _checks
@@ -47,6 +46,7 @@ from jax_flashmla.decode import flash_mla_with_kvcache
 from jax_flashmla.flax.config import MLAConfig, yarn_mscale
 from jax_flashmla.merging import merge_attention_states
 from jax_flashmla.metadata import get_mla_metadata
+from jax_flashmla.reference import latents as _latents
 from jax_flashmla.varlen_prefill import flash_attn_varlen_func
 
 Array = jax.Array
@@ -255,9 +255,7 @@ def _check_cache(op: str, cache: Any, config: MLAConfig) -> None:
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
     """``x / sqrt(mean(x ** 2) + epsilon) * weight`` over the last axis, in float32; x's dtype."""
-    wide = x.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return (wide * weight.astype(jnp.float32)).astype(x.dtype)
+    return _latents.rms_norm(x, weight, epsilon)
 
 
 def rope_frequencies(config: MLAConfig) -> np.ndarray:
@@ -290,20 +288,19 @@ def rope_length(config: MLAConfig) -> float:
     return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
 
 
+def rope_tables(positions: Array, config: MLAConfig) -> tuple[Array, Array]:
+    """Cosines and sines of positions int32[...], float32 [..., rope / 2], times `rope_length`."""
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
+    length = rope_length(config)
+    return jnp.cos(angles) * length, jnp.sin(angles) * length
+
+
 def apply_rope(x: Array, positions: Array, config: MLAConfig) -> Array:
     """Rotates x [..., rope], or [..., h, rope] with heads, by positions int32[...]."""
-    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
-    if x.ndim == angles.ndim + 1:
-        angles = angles[..., None, :]
-    cos, sin = (f(angles) * rope_length(config) for f in (jnp.cos, jnp.sin))
-    wide = x.astype(jnp.float32)
-    if config.rope_layout == "interleaved":
-        a, b = wide[..., 0::2], wide[..., 1::2]
-        rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
-    else:
-        a, b = jnp.split(wide, 2, axis=-1)
-        rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return rotated.astype(x.dtype)
+    cos, sin = rope_tables(positions, config)
+    if x.ndim == cos.ndim + 1:
+        cos, sin = cos[..., None, :], sin[..., None, :]
+    return _latents.rotate(x, cos, sin, config.rope_layout)
 
 
 def _project(spec: str, x: Array, weight: Array) -> Array:
@@ -336,6 +333,30 @@ def project_latents(
     if config.kv_scale != 1.0:
         kv_c = kv_c * jnp.asarray(config.kv_scale, kv_c.dtype)
     return kv_c, apply_rope(k_pe, positions, config)
+
+
+def append_latents(
+    params: Params, x: Array, positions: Array, slots: Array, cache: PagedKVCache, config: MLAConfig
+) -> PagedKVCache:
+    """Writes what x [..., hidden] leaves in the cache (`project_latents`) to slots int32[...].
+
+    The norm and the rotation are part of the write (see `PagedKVCache.append`), but for models with
+    a ``kv_scale``: their latents are rounded between the norm and the factor, which the write does
+    not do.
+    """
+    if config.kv_scale != 1.0:
+        kv_c, k_pe = project_latents(params, x, positions, config)
+        return cache.append(kv_c, slots, k_pe=k_pe)
+    cos, sin = rope_tables(positions, config)
+    return cache.append(
+        _project("...m,mc->...c", x, params["kv_a_proj"]),
+        slots,
+        norm_weight=jnp.asarray(params["kv_a_norm"]),
+        norm_eps=config.rms_norm_eps,
+        rope_cos=cos,
+        rope_sin=sin,
+        rope_layout=config.rope_layout,
+    )
 
 
 def expand_latents(params: Params, kv_c: Array, k_pe: Array) -> tuple[Array, Array]:
@@ -577,6 +598,7 @@ def decode(
     first_page: Array | int = 0,
     num_pages: int | None = None,
     batch_invariant: bool = False,
+    fp8_matmul: bool = False,
     implementation: str | None = None,
 ) -> tuple[Array, PagedKVCache]:
     """Writes new tokens to the cache and attends from them to all tokens of their requests.
@@ -601,6 +623,7 @@ def decode(
       first_page: the layer's first page if several share the cache, else 0.
       num_pages: pages of one layer; needed with ``first_page``.
       batch_invariant: as in `flash_mla_with_kvcache`; make the schedule with the same.
+      fp8_matmul: as in `flash_mla_with_kvcache`; for a cache of format ``"fp8_v32"``.
       implementation: as in `flash_mla_with_kvcache`.
 
     Returns:
@@ -622,7 +645,6 @@ def decode(
 
     present = positions >= 0
     x = jnp.where(present[..., None], x, 0)
-    kv_c, k_pe = project_latents(params, x, positions, config)
     slots = slot_mapping(
         block_table,
         positions,
@@ -630,7 +652,7 @@ def decode(
         num_pages=pages.number,
         page_offset=pages.first,
     )
-    cache = cache.append(kv_c, slots, k_pe=k_pe)
+    cache = append_latents(params, x, positions, slots, cache, config)
 
     attention: dict[str, Any] = {"causal": True}
     if indices is not None:
@@ -656,6 +678,7 @@ def decode(
         softmax_scale=config.softmax_scale,
         is_fp8_kvcache=cache.format != "plain",
         batch_invariant=batch_invariant,
+        fp8_matmul=fp8_matmul,
         implementation=implementation,
         **attention,
     )

@@ -6,6 +6,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_flashmla.decode import flash_mla_with_kvcache
@@ -20,6 +21,7 @@ STATIC = (
     "is_fp8_kvcache",
     "implementation",
     "batch_invariant",
+    "fp8_matmul",
     "num_sm_parts",
 )
 decode = jax.jit(flash_mla_with_kvcache, static_argnames=STATIC)
@@ -80,3 +82,13 @@ def chain(boundaries, b, batch_invariant=False, *, sparse=False, row_tiles=1):
     pieces = np.ones(b, int) if batch_invariant else 1 + cuts
     splits = np.concatenate([[0], np.cumsum(pieces)])
     return np.concatenate([begin, end, marks], axis=1).astype(np.int32), splits.astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("pages",))
+def at_the_end(small, pages):
+    """A cache of so many pages, all bits set but in the last ones."""
+    integer = jnp.uint8 if small.dtype == jnp.uint8 else jnp.uint16
+    whole = jnp.full((pages, *small.shape[1:]), ~integer(0), integer)
+    bits = jax.lax.bitcast_convert_type(small, integer)
+    whole = jax.lax.dynamic_update_slice_in_dim(whole, bits, pages - small.shape[0], 0)
+    return jax.lax.bitcast_convert_type(whole, small.dtype)

@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cases  # noqa: E402
+import fp8_oracle  # noqa: E402
 import oracle  # noqa: E402
 import sparse_cases  # noqa: E402
 from cases import DenseCase, SparseCase  # noqa: E402
@@ -385,6 +386,64 @@ def _fp8_dense_bad_values() -> None:
     expected_out, expected_lse = inputs.expected()
     oracle.check("dense_decode", "out", out[3], expected_out[3])
     oracle.check("dense_decode", "lse", lse[3], expected_lse[3])
+
+
+# ------------------------------------------------------------------ products in FP8
+
+
+def _fp8_matmul(name: str, case: DenseCase | SparseCase, **options) -> None:
+    case = dataclasses.replace(case, name=name)
+
+    def check() -> None:
+        if isinstance(case, DenseCase):
+            dense = sparse_cases.build_fp8_dense(case)
+            got = sparse_cases.raw_dense_launcher(dense, fp8_matmul=True, **options).run()
+            fp8_oracle.check(fp8_oracle.dense_decode(dense), got, name)
+        else:
+            sparse = cases.build_sparse(case)
+            got = sparse_cases.raw_launcher(sparse, fp8_matmul=True, **options).run()
+            fp8_oracle.check(fp8_oracle.sparse_decode(sparse), got, name)
+
+    _case(name)(check)
+
+
+_V32: dict = {"cache_format": "fp8_v32", "scales": "arbitrary"}
+# Whole and cut requests and an empty one; one row tile that is not full, and two.
+_fp8_matmul(
+    "fp8-matmul-dense-20-heads",
+    DenseCase("", 3, 0, 20, s_q=2, causal=True, lengths=(330, 0, 65), page_size=16),
+    num_sm_parts=3,
+)
+_fp8_matmul(
+    "fp8-matmul-dense-70-heads-invariant",
+    DenseCase("", 2, 0, 70, lengths=(600, 64), page_size=53, attn_sink=True),
+    batch_invariant=True,
+)
+_fp8_matmul(
+    "fp8-matmul-sparse-20-heads",
+    SparseCase(
+        "",
+        3,
+        200,
+        20,
+        s_q=2,
+        slots=305,
+        page_size=61,
+        topk_length=True,
+        attn_sink=True,
+        **_EXTRA,
+        **_V32,
+    ),
+    num_sm_parts=3,
+)
+_fp8_matmul(
+    "fp8-matmul-sparse-70-heads",
+    SparseCase("", 2, 130, 70, slots=256, page_size=1, **_V32),
+    num_sm_parts=2,
+)
+
+
+# ------------------------------------------------------------------ caches
 
 
 def _check_cache(

@@ -421,11 +421,16 @@ WHOLE = [(0, 0)]
 CUT = [(0, 0), (0, 1), (0, 3), (1, 2), (2, 1), (3, 1), (3, 2), (3, 4), (4, 0)]
 
 
-@pytest.fixture(scope="module", params=[WHOLE, CUT], ids=["whole", "cut"])
+@pytest.fixture(
+    scope="module",
+    params=[(WHOLE, False), (CUT, False), (CUT, True)],
+    ids=["whole", "cut", "causal"],
+)
 def bad(request):
     """A problem under one schedule whatever its lengths: arrays -> result, and the clean result."""
-    inputs = cases.build(BAD)
-    schedule = chain(request.param, BAD.b)
+    parts, causal = request.param
+    inputs = cases.build(dataclasses.replace(BAD, causal=causal))
+    schedule = chain(parts, BAD.b)
     clean = run_with(inputs, *schedule)
     check(inputs, clean)
 
@@ -503,13 +508,14 @@ def test_unused_slots_never_leak(bad, poison):
 def test_nan_in_a_token_stays_in_its_request(bad, value):
     inputs, changed, clean = bad
     for token in (0, 63, 64, 129):
+        seen_by = slice(int(inputs.case.causal and token == 129), None)  # of the query tokens
         for column in (0, 511, 575):  # the latent's ends, and RoPE, which is no value
             page = inputs.block_table[1, token // BAD.page_size]
             at = (page, token % BAD.page_size, 0, column)
             got = changed(k_cache=with_value(inputs.k_cache, at, value))
             others_unchanged(got, clean, 1, (token, column))
             if np.isnan(value):
-                assert all_nan([x[1] for x in got]), (token, column)
+                assert all_nan([got[0][1][seen_by], got[1][1][:, seen_by]]), (token, column)
             elif column < 512:  # a weight of 0 times infinity, if it is no NaN already
                 assert is_nan(got[0][1]).any(axis=-1).all()
 

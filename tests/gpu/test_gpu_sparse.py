@@ -22,6 +22,7 @@ from decode_checks import (
     INT32_MIN,
     METADATA,
     all_nan,
+    at_the_end,
     chain,
     compile_call,
     custom_calls,
@@ -774,16 +775,6 @@ def test_repeated_runs_give_the_same_bits(case):
 
 #: The page size, and how many times 2^31 bytes the cache has.
 LARGE = {"plain-576": (64, 2.2), "v32-arbitrary": (53, 2.2), "v4": (2, 1.1), "plain-512": (1, 1.1)}
-
-
-@functools.partial(jax.jit, static_argnames=("pages",))
-def at_the_end(small, pages):
-    """A cache of so many pages, all bits set but in the last ones."""
-    integer = jnp.uint8 if small.dtype == jnp.uint8 else jnp.uint16
-    whole = jnp.full((pages, *small.shape[1:]), ~integer(0), integer)
-    bits = jax.lax.bitcast_convert_type(small, integer)
-    whole = jax.lax.dynamic_update_slice_in_dim(whole, bits, pages - small.shape[0], 0)
-    return jax.lax.bitcast_convert_type(whole, small.dtype)
 
 
 @pytest.mark.parametrize("kind", LARGE)

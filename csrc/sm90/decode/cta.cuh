@@ -67,6 +67,73 @@ template <typename P>
 using PieceWalk = schedule::PieceWalk<
     std::conditional_t<P::kSparse, schedule::ChoiceLengths, schedule::SequenceLengths>>;
 
+// Tokens that a row of the request and slice attends to. Never decreases along the rows. All rows
+// see the block that stands for a length that makes no sense.
+template <typename P>
+__device__ __forceinline__ int visible_tokens(const KernelParams<P>& kp,
+                                              const schedule::Piece& piece, int row) {
+  if (!kp.p.causal || piece.poison) return piece.length;
+  const int token = min(row / kp.group, kp.p.seq_q - 1);
+  return piece.length - (kp.p.seq_q - 1 - token);
+}
+
+// Where a row of a piece's partial result is.
+template <typename P>
+__device__ __forceinline__ int64_t partial_row(const KernelParams<P>& kp, const Place& place,
+                                               const schedule::Piece& piece, int row) {
+  return (static_cast<int64_t>(piece.slot) * kp.slices + place.slice) * kp.rows + row;
+}
+
+struct FinalRow {
+  float lse;     // natural logarithm
+  float factor;  // of the sum of weighted values
+};
+
+// From the base-2 maximum of a row's scores and the sum of its weights, which is 0 only if the row
+// attended to nothing: every term of its first block is at least exp2(0) for its maximum.
+template <typename P>
+__device__ __forceinline__ FinalRow final_row(const KernelParams<P>& kp,
+                                              const schedule::Piece& piece, RowIndex index,
+                                              float max, float sum) {
+  constexpr float kLn2 = 0.6931471805599453f;
+  const bool empty = sum == 0.f;
+  FinalRow result = {empty ? INFINITY : (max + log2f(sum)) * kLn2, empty ? 0.f : 1.f / sum};
+  if (kp.p.attn_sink != nullptr && !empty) {
+    const int64_t base =
+        kp.p.sink_per_request ? static_cast<int64_t>(piece.request) * kp.p.heads_q : 0;
+    result.factor /= 1.f + expf(kp.p.attn_sink[base + index.head] - result.lse);
+  }
+  return result;
+}
+
+// A piece without blocks, by warpgroup `group`, which owns that half of the columns: zeros and +inf
+// for a whole request, weight 0 for a part of one.
+template <typename P>
+__device__ __forceinline__ void store_empty(const KernelParams<P>& kp, const Place& place,
+                                            const schedule::Piece& piece, int group, int thread) {
+  using T = typename P::T;
+  using S = typename P::S;
+  for (int i = thread; i < kRows; i += 128) {
+    const int row = place.row_tile * kRows + i;
+    if (group != 0 || row >= kp.rows) continue;
+    if (piece.slot >= 0) {
+      kp.p.partial_lse[partial_row(kp, place, piece, row)] = -INFINITY;
+    } else {
+      kp.p.lse[lse_index(kp, piece.request, row_index(kp, place.slice, row))] = INFINITY;
+    }
+  }
+  if (piece.slot >= 0) return;
+  constexpr int kChunks = S::kHalfColumns / 8;
+  for (int i = thread; i < kRows * kChunks; i += 128) {
+    const int row = place.row_tile * kRows + i / kChunks;
+    if (row >= kp.rows) break;
+    T* out = static_cast<T*>(kp.p.out) +
+             out_row(kp, piece.request, row_index(kp, place.slice, row)) * S::kDimV +
+             group * S::kHalfColumns + i % kChunks * 8;
+    *reinterpret_cast<uint4*>(out) = uint4{0, 0, 0, 0};
+  }
+}
+
 // A block, as those see it who gather its tokens.
 struct alignas(16) GatheredBlock {
   const int32_t* entries;  // sparse: the slots of its tokens; dense: the request's row of the table
@@ -140,6 +207,8 @@ static_assert(kAnnouncedBlocks > 2 + 2);
 // Shared memory and barriers
 // ---------------------------------------------------------------------------------------------
 
+constexpr int kWarpArrivals = 4;  // one lane of each warp of a warpgroup
+
 template <typename P>
 struct SharedStorage {
   using S = typename P::S;
@@ -172,12 +241,30 @@ struct SharedStorage {
   uint64_t scores_half_done;       // of the even block: the odd block's may begin
   uint64_t sums_full;              // row_sum of the piece
   uint64_t block_announced[kAnnouncedBlocks];
+
+  // `query_arrivals`, `key_arrivals`: of the loading threads, for a row tile of queries, and for a
+  // part of a block that has a barrier of its own.
+  __device__ __forceinline__ void init_barriers(int query_arrivals, int key_arrivals) {
+    ptx::mbarrier_init(&q_full, query_arrivals);
+    ptx::mbarrier_init(&q_empty, kMathGroups * kWarpArrivals);
+    ptx::mbarrier_init(&sums_full, kMathThreads);
+    ptx::mbarrier_init(&scores_half_done, kWarpArrivals);
+    for (uint64_t& barrier : block_announced) ptx::mbarrier_init(&barrier, 1);
+    for (int buffer = 0; buffer < kBuffers; ++buffer) {
+      for (int copy = 0; copy < S::kCopies; ++copy) {
+        ptx::mbarrier_init(&kv_full[buffer][copy], key_arrivals);
+      }
+      ptx::mbarrier_init(&p_full[buffer], 128);
+      marks[buffer] = {0, 0};
+      for (int half = 0; half < 2; ++half) {
+        ptx::mbarrier_init(&kv_empty[buffer][half], P::kClusterCtas * kWarpArrivals);
+      }
+    }
+  }
 };
 
 template <typename P>
 constexpr int kSharedBytes = sizeof(SharedStorage<P>);
-
-constexpr int kWarpArrivals = 4;  // one lane of each warp of a warpgroup
 
 // Named barrier of a math warpgroup: + its index.
 constexpr int kBarrierMathGroup = 1;
@@ -232,30 +319,14 @@ __device__ __noinline__ void fill_nan(const KernelParams<P>& kp, const Place& pl
 // Finds the CTA's place, makes its barriers, waits for earlier kernels and proves the schedule.
 // Grid: num_parts x slices x row_tiles, flattened on x with the row tile fastest, so that tiles
 // that read the same keys run side by side. False if nothing is left to do.
-//
-// `query_arrivals`, `key_arrivals`: of the loading threads, for a row tile of queries, and for a
-// part of a block that has a barrier of its own.
-template <typename P>
+// `arrivals`: of SharedStorage::init_barriers.
+template <typename P, typename... Arrivals>
 __device__ __forceinline__ bool begin_cta(const KernelParams<P>& kp, SharedStorage<P>& smem,
-                                          int query_arrivals, int key_arrivals) {
+                                          Arrivals... arrivals) {
   if (threadIdx.x == 0) {
     const int tile = static_cast<int>(blockIdx.x) / kp.row_tiles;
     smem.place = {tile / kp.slices, tile % kp.slices, static_cast<int>(blockIdx.x) % kp.row_tiles};
-    ptx::mbarrier_init(&smem.q_full, query_arrivals);
-    ptx::mbarrier_init(&smem.q_empty, kMathGroups * kWarpArrivals);
-    ptx::mbarrier_init(&smem.sums_full, kMathThreads);
-    ptx::mbarrier_init(&smem.scores_half_done, kWarpArrivals);
-    for (uint64_t& barrier : smem.block_announced) ptx::mbarrier_init(&barrier, 1);
-    for (int buffer = 0; buffer < kBuffers; ++buffer) {
-      for (int copy = 0; copy < P::S::kCopies; ++copy) {
-        ptx::mbarrier_init(&smem.kv_full[buffer][copy], key_arrivals);
-      }
-      ptx::mbarrier_init(&smem.p_full[buffer], 128);
-      smem.marks[buffer] = {0, 0};
-      for (int half = 0; half < 2; ++half) {
-        ptx::mbarrier_init(&smem.kv_empty[buffer][half], P::kClusterCtas * kWarpArrivals);
-      }
-    }
+    smem.init_barriers(arrivals...);
     ptx::fence_barrier_init();
   }
   if constexpr (P::kPaired) {

@@ -7,15 +7,15 @@
 
 namespace flashmla::sm90::decode {
 
-template <typename P, typename TensorMaps>
-Status launch_cta(void (*kernel)(KernelParams<P>, TensorMaps), const KernelParams<P>& kp,
-                  const TensorMaps& maps, cudaStream_t stream) {
+template <typename P, typename... TensorMaps>
+Status launch_cta(void (*kernel)(KernelParams<P>, TensorMaps...), const KernelParams<P>& kp,
+                  cudaStream_t stream, const TensorMaps&... maps) {
   constexpr int kBytes = kSharedBytes<P>;
   FLASHMLA_RETURN_IF_ERROR(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   const int64_t ctas = static_cast<int64_t>(kp.row_tiles) * kp.slices * kp.p.num_parts;
   return launch_dependent_clusters(kernel, "grid of the attention kernel", P::kClusterCtas, ctas,
-                                   P::kThreads, kBytes, stream, kp, maps);
+                                   P::kThreads, kBytes, stream, kp, maps...);
 }
 
 }  // namespace flashmla::sm90::decode

@@ -37,7 +37,7 @@ class MathGroup {
     schedule::Piece piece;
     while (walk.next(kp_.p, piece)) {
       if (piece.first_block >= piece.end_block) {
-        store_empty(piece);
+        store_empty(kp_, smem_.place, piece, kGroup, thread_);
         continue;
       }
       begin_piece(piece);
@@ -446,19 +446,13 @@ class MathGroup {
     if constexpr (!P::kSparse) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        visible_tokens_[h] = visible_tokens(piece, smem_.place.row_tile * kRows + row_ + 8 * h);
+        visible_tokens_[h] =
+            visible_tokens(kp_, piece, smem_.place.row_tile * kRows + row_ + 8 * h);
       }
-      unmasked_tokens_ = visible_tokens(piece, smem_.place.row_tile * kRows);
+      unmasked_tokens_ = visible_tokens(kp_, piece, smem_.place.row_tile * kRows);
     }
     ptx::mbarrier_wait(&smem_.q_full, q_parity_);
     q_parity_ ^= 1;
-  }
-
-  // Tokens that a row attends to. Never decreases along the rows of a tile.
-  __device__ __forceinline__ int visible_tokens(const schedule::Piece& piece, int row) const {
-    if (!kp_.p.causal) return piece.length;
-    const int token = min(row / kp_.group, kp_.p.seq_q - 1);
-    return piece.length - (kp_.p.seq_q - 1 - token);
   }
 
   __device__ __forceinline__ void finish_piece(const schedule::Piece& piece) {
@@ -493,19 +487,9 @@ class MathGroup {
   // row does not exist.
   __device__ __forceinline__ void store_final(const schedule::Piece& piece, int row, int h,
                                               float sum) {
-    constexpr float kLn2 = 0.6931471805599453f;
     const bool valid = row < kp_.rows;
     const RowIndex index = row_index(kp_, smem_.place.slice, valid ? row : 0);
-    // Every term of a row's first block is at least exp2(0) for its maximum, so only an empty row
-    // has sum 0.
-    const bool empty = sum == 0.f;
-    const float lse = empty ? INFINITY : (state_.max[h] + log2f(sum)) * kLn2;
-    float factor = empty ? 0.f : 1.f / sum;
-    if (kp_.p.attn_sink != nullptr && !empty) {
-      const int64_t base =
-          kp_.p.sink_per_request ? static_cast<int64_t>(piece.request) * kp_.p.heads_q : 0;
-      factor /= 1.f + expf(kp_.p.attn_sink[base + index.head] - lse);
-    }
+    const auto [lse, factor] = final_row(kp_, piece, index, state_.max[h], sum);
     const int q = lane_ % 4;
     T* out = static_cast<T*>(kp_.p.out) + out_row(kp_, piece.request, index) * S::kDimV +
              kGroup * S::kHalfColumns + q * 8;
@@ -526,16 +510,12 @@ class MathGroup {
     if (kGroup == 0 && q == 0 && valid) kp_.p.lse[lse_index(kp_, piece.request, index)] = lse;
   }
 
-  __device__ __forceinline__ int64_t partial_row(const schedule::Piece& piece, int row) const {
-    return (static_cast<int64_t>(piece.slot) * kp_.slices + smem_.place.slice) * kp_.rows + row;
-  }
-
   // Not exchanged: the pairs are whole sectors here, and fewer instructions count for more, since
   // this code runs once and comes from a cold instruction cache.
   __device__ __forceinline__ void store_partial(const schedule::Piece& piece, int row, int h,
                                                 float sum) {
     if (row >= kp_.rows) return;
-    const int64_t slot_row = partial_row(piece, row);
+    const int64_t slot_row = partial_row(kp_, smem_.place, piece, row);
     const bool empty = sum == 0.f;
     const float factor = empty ? 0.f : 1.f / sum;
     float* out = kp_.p.partial_out + slot_row * S::kDimV + kGroup * S::kHalfColumns + lane_ % 4 * 2;
@@ -555,29 +535,6 @@ class MathGroup {
                                                   int distance) {
     const uint32_t other = __shfl_xor_sync(0xffffffff, upper ? a : b, distance);
     (upper ? a : b) = other;
-  }
-
-  // A piece without blocks: zeros and +inf for a whole request, weight 0 for a part of one.
-  __device__ __forceinline__ void store_empty(const schedule::Piece& piece) {
-    for (int i = thread_; i < kRows; i += 128) {
-      const int row = smem_.place.row_tile * kRows + i;
-      if (kGroup != 0 || row >= kp_.rows) continue;
-      if (piece.slot >= 0) {
-        kp_.p.partial_lse[partial_row(piece, row)] = -INFINITY;
-      } else {
-        kp_.p.lse[lse_index(kp_, piece.request, row_index(kp_, smem_.place.slice, row))] = INFINITY;
-      }
-    }
-    if (piece.slot >= 0) return;
-    constexpr int kChunks = S::kHalfColumns / 8;
-    for (int i = thread_; i < kRows * kChunks; i += 128) {
-      const int row = smem_.place.row_tile * kRows + i / kChunks;
-      if (row >= kp_.rows) break;
-      T* out = static_cast<T*>(kp_.p.out) +
-               out_row(kp_, piece.request, row_index(kp_, smem_.place.slice, row)) * S::kDimV +
-               kGroup * S::kHalfColumns + i % kChunks * 8;
-      *reinterpret_cast<uint4*>(out) = uint4{0, 0, 0, 0};
-    }
   }
 
   const KernelParams<P>& kp_;

@@ -42,7 +42,7 @@ Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
       return status;
     }
   }
-  return launch_cta<P>(&dense_decode_kernel<P>, kp, maps, stream);
+  return launch_cta<P>(&dense_decode_kernel<P>, kp, stream, maps);
 }
 
 #define FLASHMLA_DECLARE_DENSE_DECODE(DIM, DIM_V)                                    \

@@ -22,31 +22,38 @@ inline PageCount pages_of(const SparseDecodeParams& p, int source) {
 
 inline PageCount pages_of(const DenseDecodeParams& p, int) { return {p.num_pages, p.page_size}; }
 
+// Everything of `kp` but what a kernel adds.
+template <typename P>
+Status fill_params(const typename P::Params& params, CacheFormat format, KernelParams<P>* kp) {
+  kp->p = params;
+  kp->slices = P::kSparse ? params.seq_q : 1;
+  kp->rows = P::kSparse ? params.heads_q : params.seq_q * params.heads_q;
+  kp->row_tiles = schedule::ceil_div(kp->rows, kRows);
+  kp->group = params.heads_q;
+  kp->must_gather_queries = false;
+
+  for (int i = 0; i < kMaxRuns; ++i) {
+    const auto [pages, page_size] = pages_of(params, i);
+    if (page_size < 1) return {cudaErrorInvalidValue, "page_size"};
+    kp->page_size[i] = FastDivide(page_size);
+    const int64_t slots = static_cast<int64_t>(pages) * page_size;
+    kp->slots[i] = static_cast<uint32_t>(std::min(slots, int64_t{1} << 31));
+    const int64_t page_bytes = fp8_formats::V4::page_bytes(page_size);
+    if (format == CacheFormat::kFp8V4 && page_bytes > INT32_MAX) {
+      return {cudaErrorNotSupported, "page_size of the sparse decode kernel"};
+    }
+    kp->page_bytes[i] = static_cast<uint32_t>(page_bytes);
+  }
+  return {};
+}
+
 template <typename T, int kDim, bool kSparse, CacheFormat kFormat, bool kPaired, typename Params>
 Status launch_tiles(const Params& params, cudaStream_t stream) {
   constexpr Loading kLoading =
       kFormat == CacheFormat::kPlain ? Loading::kGathered : Loading::kConverted;
   using P = Problem<T, Shape<kDim, 512>, kSparse, kLoading, kPaired>;
   KernelParams<P> kp;
-  kp.p = params;
-  kp.slices = kSparse ? params.seq_q : 1;
-  kp.rows = kSparse ? params.heads_q : params.seq_q * params.heads_q;
-  kp.row_tiles = schedule::ceil_div(kp.rows, kRows);
-  kp.group = params.heads_q;
-  kp.must_gather_queries = false;
-
-  for (int i = 0; i < kMaxRuns; ++i) {
-    const auto [pages, page_size] = pages_of(params, i);
-    if (page_size < 1) return {cudaErrorInvalidValue, "page_size"};
-    kp.page_size[i] = FastDivide(page_size);
-    const int64_t slots = static_cast<int64_t>(pages) * page_size;
-    kp.slots[i] = static_cast<uint32_t>(std::min(slots, int64_t{1} << 31));
-    const int64_t page_bytes = fp8_formats::V4::page_bytes(page_size);
-    if (kFormat == CacheFormat::kFp8V4 && page_bytes > INT32_MAX) {
-      return {cudaErrorNotSupported, "page_size of the sparse decode kernel"};
-    }
-    kp.page_bytes[i] = static_cast<uint32_t>(page_bytes);
-  }
+  if (Status status = fill_params<P>(params, kFormat, &kp); !status.ok()) return status;
 
   CUtensorMap queries;
   constexpr CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
@@ -58,7 +65,7 @@ Status launch_tiles(const Params& params, cudaStream_t stream) {
       !status.ok()) {
     return status;
   }
-  return launch_cta<P>(&gathered_decode_kernel<P, kFormat>, kp, queries, stream);
+  return launch_cta<P>(&gathered_decode_kernel<P, kFormat>, kp, stream, queries);
 }
 
 template <typename T, int kDim, bool kSparse, CacheFormat kFormat, typename Params>
