@@ -39,10 +39,9 @@ struct SharedStorage<fp8_decode::Problem<kSparse>> {
   };
   Pieces pieces[kMathGroups];  // where each warpgroup is in the schedule
 
-  float
-      q_factor[kRows];  // what undoes the scaling of a row of queries; NaN if the row is not finite
+  float q_factor[kRows];  // undoes the scaling of a row of queries; NaN if it is not finite
   float row_max[2][kMathGroups][kRows];  // for even and for odd pairs
-  float max_before[kMathGroups][kRows];  // a pair in which it moves
+  float max_before[kMathGroups][kRows];  // the pair, if it moves in this one
   float row_sum[2][kMathGroups][kRows];
   Place place;
   uint2 marks[kBuffers];
