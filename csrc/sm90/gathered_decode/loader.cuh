@@ -1,15 +1,11 @@
-// The loading warpgroups of the gathering decode kernels. Each of their warps fetches an equal
-// share of the tokens of every block, four at once: eight lanes a token, each with 8 columns of
-// every sub-tile. So a lane has to do with few tokens, whose addresses it keeps, and eight lanes
-// write a row of a sub-tile without bank conflicts. (Shuffling addresses and scales through the
-// warp instead, for all of its tokens in each lane, takes twice the time of the whole kernel: the
-// matrix products keep the pipe of shuffles busy.)
+// The loading warpgroups of the gathering decode kernels. Eight lanes fetch a token, see
+// token_finder.cuh, each 8 columns of every sub-tile, so they write a row of a sub-tile without
+// bank conflicts.
 //
 // FP8 values go through a stage in shared memory. While tokens are converted and stored, later ones
 // are on their way into the places that become free. (Through registers instead of a stage nothing
-// would overlap: the compiler waits for all loads under way at once.)
-//
-// One lane walks over the schedule and announces blocks; slots are loaded one block ahead.
+// would overlap: the compiler waits for all loads under way at once.) Slots are loaded one block
+// ahead.
 #pragma once
 
 #include "sm90/gathered_decode/token_finder.cuh"

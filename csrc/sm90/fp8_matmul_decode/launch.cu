@@ -1,9 +1,9 @@
-#include "sm90/fp8_decode/fp8_decode.h"
+#include "sm90/fp8_matmul_decode/fp8_matmul_decode.h"
 
-#include "sm90/fp8_decode/kernel.cuh"
+#include "sm90/fp8_matmul_decode/kernel.cuh"
 #include "sm90/gathered_decode/launch.cuh"
 
-namespace flashmla::sm90::fp8_decode {
+namespace flashmla::sm90::fp8_matmul_decode {
 namespace {
 
 template <bool kSparse, typename Params>
@@ -13,7 +13,7 @@ Status launch_kernel(const Params& params, cudaStream_t stream) {
   if (Status status = gathered_decode::fill_params<P>(params, params.format, &kp); !status.ok()) {
     return status;
   }
-  return launch_cta<P>(&fp8_decode_kernel<P>, kp, stream);
+  return launch_cta<P>(&fp8_matmul_decode_kernel<P>, kp, stream);
 }
 
 }  // namespace
@@ -26,4 +26,4 @@ Status launch(const SparseDecodeParams& params, cudaStream_t stream) {
   return launch_kernel<true>(params, stream);
 }
 
-}  // namespace flashmla::sm90::fp8_decode
+}  // namespace flashmla::sm90::fp8_matmul_decode

@@ -3,9 +3,9 @@
 
 #include "launch.h"
 
-namespace flashmla::sm90::fp8_decode {
+namespace flashmla::sm90::fp8_matmul_decode {
 
 Status launch(const DenseDecodeParams& params, cudaStream_t stream);
 Status launch(const SparseDecodeParams& params, cudaStream_t stream);
 
-}  // namespace flashmla::sm90::fp8_decode
+}  // namespace flashmla::sm90::fp8_matmul_decode

@@ -1,9 +1,9 @@
 // The math warpgroups of decode with FP8 products.
 #pragma once
 
-#include "sm90/fp8_decode/storage.cuh"
+#include "sm90/fp8_matmul_decode/storage.cuh"
 
-namespace flashmla::sm90::fp8_decode {
+namespace flashmla::sm90::fp8_matmul_decode {
 
 // Two e4m3 values of a pair of fp16.
 __device__ __forceinline__ uint32_t to_e4m3(__half2 x) {
@@ -603,4 +603,4 @@ class MathGroup {
   uint32_t parities_ = 0;  // of keys, pairs and pieces, a bit each
 };
 
-}  // namespace flashmla::sm90::fp8_decode
+}  // namespace flashmla::sm90::fp8_matmul_decode

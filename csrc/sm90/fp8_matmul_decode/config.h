@@ -3,7 +3,7 @@
 
 #include "sm90/decode/config.h"
 
-namespace flashmla::sm90::fp8_decode {
+namespace flashmla::sm90::fp8_matmul_decode {
 
 using namespace decode;
 
@@ -22,7 +22,6 @@ struct Problem {
   using T = __nv_bfloat16;
   using S = Shape<576, 512>;
   static constexpr bool kSparse = kSparse_;
-  static constexpr Loading kLoading = Loading::kGathered;
   static constexpr bool kPaired = false;
   static constexpr int kClusterCtas = 1;
   using Params = std::conditional_t<kSparse, SparseDecodeParams, DenseDecodeParams>;
@@ -34,4 +33,4 @@ struct Problem {
   static constexpr int kLoadRegisters = 3 * 168 - 2 * kMathRegisters;
 };
 
-}  // namespace flashmla::sm90::fp8_decode
+}  // namespace flashmla::sm90::fp8_matmul_decode

@@ -1,14 +1,14 @@
 // Decode for sm_90a over V3.2 caches with FP8 products.
 #pragma once
 
-#include "sm90/fp8_decode/loader.cuh"
-#include "sm90/fp8_decode/math_group.cuh"
+#include "sm90/fp8_matmul_decode/loader.cuh"
+#include "sm90/fp8_matmul_decode/math_group.cuh"
 
-namespace flashmla::sm90::fp8_decode {
+namespace flashmla::sm90::fp8_matmul_decode {
 
 template <typename P>
 __global__ void __launch_bounds__(P::kThreads, 1)
-    fp8_decode_kernel(const __grid_constant__ KernelParams<P> kp) {
+    fp8_matmul_decode_kernel(const __grid_constant__ KernelParams<P> kp) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& smem = shared_storage<P>(shared_bytes);
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
@@ -24,4 +24,4 @@ __global__ void __launch_bounds__(P::kThreads, 1)
   }
 }
 
-}  // namespace flashmla::sm90::fp8_decode
+}  // namespace flashmla::sm90::fp8_matmul_decode

@@ -2,21 +2,23 @@
 #pragma once
 
 #include "sm90/decode/cta.cuh"
-#include "sm90/fp8_decode/config.h"
+#include "sm90/fp8_matmul_decode/config.h"
 
 namespace flashmla::sm90::decode {
 
 template <bool kSparse>
-struct SharedStorage<fp8_decode::Problem<kSparse>> {
-  using P = fp8_decode::Problem<kSparse>;
+struct SharedStorage<fp8_matmul_decode::Problem<kSparse>> {
+  using P = fp8_matmul_decode::Problem<kSparse>;
 
   // Latent columns of the queries, scaled by a power of two for each row, and RoPE columns.
-  alignas(1024) uint8_t q[fp8_decode::kGroups][fp8_decode::kCodeTileBytes];
+  alignas(1024) uint8_t q[fp8_matmul_decode::kGroups][fp8_matmul_decode::kCodeTileBytes];
   alignas(1024) uint8_t q_rope[kSubTileBytes];
   // Keys as they lie in the cache, and transposed: the values.
-  alignas(1024) uint8_t codes[kBuffers][fp8_decode::kGroups][fp8_decode::kCodeTileBytes];
+  alignas(
+      1024) uint8_t codes[kBuffers][fp8_matmul_decode::kGroups][fp8_matmul_decode::kCodeTileBytes];
   alignas(1024) uint8_t rope[kBuffers][kSubTileBytes];
-  alignas(1024) uint8_t values[kBuffers][fp8_decode::kValueTiles][fp8_decode::kValueTileBytes];
+  alignas(1024)
+      uint8_t values[kBuffers][fp8_matmul_decode::kValueTiles][fp8_matmul_decode::kValueTileBytes];
 
   // P of the blocks of a pair, for even and for odd pairs, as threads have it.
   uint4 p[2][kBuffers][4][128];
@@ -24,9 +26,9 @@ struct SharedStorage<fp8_decode::Problem<kSparse>> {
   // Scales of the tokens as they are in the cache, and by groups for scores and for values: these
   // divided by `reference`, a power of two that is larger than all of a pair's.
   uint4 raw_scales[kBuffers][kTokens];
-  float scales[kBuffers][fp8_decode::kGroups][kTokens];
-  __half relative_scales[kBuffers][fp8_decode::kGroups][kTokens];
-  float reference[fp8_decode::kGroups];
+  float scales[kBuffers][fp8_matmul_decode::kGroups][kTokens];
+  __half relative_scales[kBuffers][fp8_matmul_decode::kGroups][kTokens];
+  float reference[fp8_matmul_decode::kGroups];
   uint4 warp_max[kBuffers][P::kLoadWarps];
 
   GatheredBlock blocks[kAnnouncedBlocks];

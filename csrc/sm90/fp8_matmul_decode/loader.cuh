@@ -3,10 +3,10 @@
 // side by side.
 #pragma once
 
-#include "sm90/fp8_decode/storage.cuh"
+#include "sm90/fp8_matmul_decode/storage.cuh"
 #include "sm90/gathered_decode/token_finder.cuh"
 
-namespace flashmla::sm90::fp8_decode {
+namespace flashmla::sm90::fp8_matmul_decode {
 
 using gathered_decode::kAllLanes;
 using gathered_decode::TokenFinder;
@@ -216,4 +216,4 @@ class Loader : TokenFinder<P, CacheFormat::kFp8V32> {
   uint32_t values_parity_ = 1;
 };
 
-}  // namespace flashmla::sm90::fp8_decode
+}  // namespace flashmla::sm90::fp8_matmul_decode
