@@ -21,6 +21,18 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 #: What table entries past a request's length hold: no page, and large enough to overflow.
 GARBAGE = 2147480000
 
+#: Arguments of ``flash_mla_with_kvcache`` that are static where it is jitted.
+STATIC = (
+    "head_dim_v",
+    "softmax_scale",
+    "causal",
+    "is_fp8_kvcache",
+    "implementation",
+    "batch_invariant",
+    "fp8_matmul",
+    "num_sm_parts",
+)
+
 DTYPES = {
     "bfloat16": BFLOAT16,
     "float16": np.dtype(np.float16),

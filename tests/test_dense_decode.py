@@ -20,18 +20,8 @@ from jax_flashmla.decode import dense_operation, flash_mla_with_kvcache
 from jax_flashmla.metadata import get_mla_metadata
 from jax_flashmla.reference import decode as reference
 
-STATIC = (
-    "head_dim_v",
-    "softmax_scale",
-    "causal",
-    "is_fp8_kvcache",
-    "implementation",
-    "batch_invariant",
-    "fp8_matmul",
-    "num_sm_parts",
-)
 decode = functools.partial(
-    jax.jit(flash_mla_with_kvcache, static_argnames=STATIC), implementation="xla"
+    jax.jit(flash_mla_with_kvcache, static_argnames=cases.STATIC), implementation="xla"
 )
 
 

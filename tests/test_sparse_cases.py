@@ -15,9 +15,8 @@ from sparse_cases import FORMATS, GRID, MODES, SHAPES
 from jax_flashmla import quantization
 from jax_flashmla.decode import flash_mla_with_kvcache
 
-STATIC = ("head_dim_v", "softmax_scale", "causal", "is_fp8_kvcache", "implementation")
 decode = functools.partial(
-    jax.jit(flash_mla_with_kvcache, static_argnames=STATIC), implementation="xla"
+    jax.jit(flash_mla_with_kvcache, static_argnames=cases.STATIC), implementation="xla"
 )
 
 

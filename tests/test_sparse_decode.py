@@ -19,18 +19,8 @@ from jax_flashmla.decode import flash_mla_with_kvcache, sparse_operation
 from jax_flashmla.metadata import get_mla_metadata
 from jax_flashmla.reference import scheduler
 
-STATIC = (
-    "head_dim_v",
-    "softmax_scale",
-    "causal",
-    "is_fp8_kvcache",
-    "implementation",
-    "batch_invariant",
-    "fp8_matmul",
-    "num_sm_parts",
-)
 decode = functools.partial(
-    jax.jit(flash_mla_with_kvcache, static_argnames=STATIC), implementation="xla"
+    jax.jit(flash_mla_with_kvcache, static_argnames=cases.STATIC), implementation="xla"
 )
 
 

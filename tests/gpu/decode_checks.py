@@ -8,22 +8,14 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from cases import STATIC
 
 from jax_flashmla.decode import flash_mla_with_kvcache
 from jax_flashmla.reference import scheduler
 
 METADATA = "flashmla_metadata"
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
-STATIC = (
-    "head_dim_v",
-    "softmax_scale",
-    "causal",
-    "is_fp8_kvcache",
-    "implementation",
-    "batch_invariant",
-    "fp8_matmul",
-    "num_sm_parts",
-)
 decode = jax.jit(flash_mla_with_kvcache, static_argnames=STATIC)
 
 
@@ -56,6 +48,17 @@ def same_bits(got, want, what=""):
         integers = np.uint16 if a.dtype.itemsize == 2 else np.uint32
         different = np.ascontiguousarray(a).view(integers) != np.ascontiguousarray(b).view(integers)
         assert not different.any(), f"{what} {name}: {different.sum()} elements have other bits"
+
+
+def others_unchanged(got, clean, request, what):
+    """Checks that a change of one request moved no bit of any other."""
+    keep = np.arange(len(clean[0])) != request
+    same_bits([x[keep] for x in got], [x[keep] for x in clean], what)
+
+
+def by_name(chosen):
+    """Runs a test for each of these cases."""
+    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
 
 
 def is_nan(x):

@@ -17,10 +17,12 @@ from decode_checks import (
     INT32_MIN,
     METADATA,
     all_nan,
+    by_name,
     chain,
     compile_call,
     custom_calls,
     is_nan,
+    others_unchanged,
     run,
     same_bits,
     with_value,
@@ -37,10 +39,6 @@ pytestmark = pytest.mark.gpu
 
 DECODE = "flashmla_dense_decode"
 check = functools.partial(oracle.check_decode, "dense_decode")
-
-
-def by_name(chosen):
-    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
 
 
 def launch(inputs, **options):
@@ -237,11 +235,6 @@ def bad(request):
         return launch(dataclasses.replace(inputs, **arrays), schedule=jnp.asarray(rows))
 
     return inputs, changed, clean
-
-
-def others_unchanged(got, clean, request, what):
-    keep = np.arange(BAD.b) != request
-    same_bits([x[keep] for x in got], [x[keep] for x in clean], what)
 
 
 def test_bad_lengths(bad):

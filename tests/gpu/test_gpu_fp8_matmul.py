@@ -25,6 +25,7 @@ from decode_checks import (
     compile_call,
     custom_calls,
     is_nan,
+    others_unchanged,
     run,
     same_bits,
     with_value,
@@ -681,11 +682,6 @@ def bad(request):
     want = changed()
     check(inputs, want)
     return inputs, changed, want
-
-
-def others_unchanged(got, want, request, what):
-    keep = np.arange(4) != request
-    same_bits([x[keep] for x in got], [x[keep] for x in want], what)
 
 
 def test_bad_lengths(bad):

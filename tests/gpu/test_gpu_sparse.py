@@ -23,6 +23,7 @@ from decode_checks import (
     METADATA,
     all_nan,
     at_the_end,
+    by_name,
     chain,
     compile_call,
     custom_calls,
@@ -48,10 +49,6 @@ FP8 = tuple(case for case in KINDS if case.cache_format != "plain")
 FEW = tuple(case for case in KINDS if case.name in ("plain-576-all", "v32-arbitrary-all", "v4-all"))
 
 check = functools.partial(oracle.check_decode, "sparse_decode")
-
-
-def by_name(chosen):
-    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
 
 
 @functools.lru_cache(maxsize=16)

@@ -27,7 +27,7 @@ from jax_flashmla.sparse_prefill import flash_mla_sparse_fwd
 pytestmark = pytest.mark.gpu
 
 decode = functools.partial(
-    jax.jit(flash_mla_with_kvcache, static_argnames=sparse_tests.STATIC), implementation="xla"
+    jax.jit(flash_mla_with_kvcache, static_argnames=cases.STATIC), implementation="xla"
 )
 prefill = jax.jit(flash_mla_sparse_fwd, static_argnames=("sm_scale", "d_v", "implementation"))
 
@@ -155,7 +155,7 @@ def test_sparse_decode(case):
     got = on_gpu(decode(**call))
     sparse_tests.check(inputs, got)
     if case.name in ("v32-extra-sink", "v4-float32"):
-        static = {name: x for name, x in call.items() if name in sparse_tests.STATIC}
+        static = {name: x for name, x in call.items() if name in cases.STATIC}
         arrays = {name: x for name, x in call.items() if name not in static}
         there = decode(**moved(arrays, cpu()), **static)
         for name, a, b in zip(("out", "lse"), got, there, strict=True):
