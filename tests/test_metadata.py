@@ -1,6 +1,5 @@
 """Schedules: checked against a planner in plain Python, and by walking them."""
 
-import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ BLOCK = 64
 INT32_MAX = 2**31 - 1
 
 # Few sizes, since each is compiled; lengths are values and vary freely.
+ROW_TILES = 2  # of 64 rows, for 128 heads
 BATCHES = st.sampled_from([0, 1, 3, 33])
 PARTS = st.sampled_from([1, 3, 13, 132])
 LENGTHS = st.one_of(
@@ -41,7 +41,14 @@ def piece_blocks(blocks):
     return max(4, ceil(blocks, 16))
 
 
-def plan(blocks, parts, batch_invariant):
+def least_even_piece(total, row_tiles):
+    least = 1
+    while (2 * least) ** 2 <= min(total, 2**24) * min(row_tiles, 32) // 16:
+        least *= 2
+    return least
+
+
+def plan(blocks, parts, batch_invariant, row_tiles):
     """Boundaries and pieces by walking along the requests, in Python's integers."""
     b = len(blocks)
     blocks = [min(n, max(2**30 // max(b, 1) - 5, 1)) for n in blocks]
@@ -64,7 +71,7 @@ def plan(blocks, parts, batch_invariant):
     if most <= payload + 8 and not batch_invariant:
         boundaries = [(request, 0) for request in whole]
     elif not batch_invariant and b <= parts <= 1024:
-        least = max(math.isqrt(sum(blocks) // (12 * b)), 2)
+        least = least_even_piece(sum(blocks), row_tiles)
         for size in range(max(least, ceil(sum(blocks), parts)), max(least, payload) + 1):
             starts = [(r, u) for r, n in enumerate(blocks) for u in range(0, n, size)]
             if len(starts) <= parts:
@@ -118,12 +125,12 @@ def every_block(lengths):
 def test_dense_schedule_is_the_planned_one(data, b, parts, batch_invariant):
     lengths = data.draw(st.lists(LENGTHS, min_size=b, max_size=b))
     rows, splits = schedule(lengths, parts, batch_invariant)
-    boundaries, pieces = plan([blocks_of(n) for n in lengths], parts, batch_invariant)
+    boundaries, pieces = plan([blocks_of(n) for n in lengths], parts, batch_invariant, ROW_TILES)
     assert rows.dtype == splits.dtype == np.int32
     assert [tuple(r) for r in rows[:, :2].tolist()] == boundaries[:-1]
     assert [tuple(r) for r in rows[:, 2:4].tolist()] == boundaries[1:]
     stamp = 0x4D4C4100 | batch_invariant
-    assert rows[:, 4:].tolist() == [[b, 2, stamp, parts]] * parts
+    assert rows[:, 4:].tolist() == [[b, ROW_TILES, stamp, parts]] * parts
     assert splits.tolist() == [0, *np.cumsum(pieces, dtype=int).tolist()]
 
 
@@ -134,6 +141,8 @@ def test_dense_schedule_is_the_planned_one(data, b, parts, batch_invariant):
         ([0, 0, 64 * 64, 0, 64 * 64, 0], 13, 11),
         ([1, 64 * 90, 64 * 30], 13, 10),
         ([64 * 256], 132, 4),  # more pieces would cost more to merge than they save
+        ([64 * 40], 132, 2),  # 20 pieces
+        ([64 * 8], 132, 1),
         ([64 * 64 * 1024] * 2, 1024, 128),
         ([64 * 64 * 1024] * 2, 1025, None),
     ],
@@ -190,7 +199,7 @@ def test_sparse_schedule_is_the_planned_one(
         blocks_of(min(n, topk)) + blocks_of(min(e, extra_topk or 0))
         for n, e in zip(selected, extra, strict=True)
     ]
-    boundaries, pieces = plan(blocks, 7, batch_invariant)
+    boundaries, pieces = plan(blocks, 7, batch_invariant, row_tiles=4)
     assert [tuple(r) for r in np.asarray(rows)[:, :2].tolist()] == boundaries[:-1]
     # Two query tokens of 128 heads: two tiles of 64 rows each.
     assert np.asarray(rows)[0, 4:].tolist() == [b, 4, 0x4D4C4102 | batch_invariant, 7]
@@ -234,7 +243,7 @@ def test_no_part_has_more_than_its_share(data, b, parts):
     work = np.bincount([d[2] for d in walk(rows, lengths, False)], minlength=parts)
     # A little more is allowed where no request is cut, and for pieces that would else be too many.
     cut = bool(np.asarray(rows)[:, 1].any())
-    least = math.isqrt(sum(map(blocks_of, lengths)) // (12 * b))
+    least = least_even_piece(sum(map(blocks_of, lengths)), ROW_TILES)
     assert work.max() <= (max(share, least) if cut else share + 8)
 
 

@@ -30,9 +30,9 @@ constexpr int kWholeRequestSlack = 8;
 // chosen among this many, which are all that can be between an even share of the blocks alone and
 // that.
 constexpr int kEvenSizes = 1 + kOverheadBlocks;
-// Their least size is the largest of which the average request has this many times as many pieces
-// as a piece has blocks: a block takes about as long as merging so many pieces.
-constexpr int kPiecesPerBlock = 12;
+// Their least size, a power of two, makes a piece take about as long as merging all of them: a
+// block takes as long as merging so many row tiles.
+constexpr int kMergedTilesPerBlock = 16;
 // Even pieces are planned for at most so many parts.
 constexpr int kMaxEvenParts = 1024;
 // Batch-invariant splits: at most this many for one request, and at least this many blocks each.

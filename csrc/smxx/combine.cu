@@ -21,7 +21,6 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kBatch = 2;  // pieces whose values are loaded at once
 
 // The slots of a request: count pieces; piece i is in slot first for i = 0, else rest + i * step.
 struct Slots {
@@ -90,9 +89,21 @@ __device__ Slots invariant_slots(const DecodeParams& p, int request) {
   return {splits, first, first, 1};
 }
 
+// How the work of a merge is shared. With few rows of many pieces, several CTAs share a row by
+// columns too, so that the values of all pieces are on their way at once. With many rows that costs
+// more than it saves, since every CTA has to find its pieces.
+template <int kDimV, int kWarpsPerRow, bool kByColumns>
+struct Sharing {
+  static constexpr int kRowsPerCta = kWarps / kWarpsPerRow;
+  static constexpr int kRowVectors = kDimV / 4;
+  static constexpr int kColumnGroups = kByColumns ? kRowVectors / 32 : 1;
+  static constexpr int kVectors = kRowVectors / 32 / kColumnGroups;  // float4 of a lane
+  static constexpr int kBatch = 8 / kVectors;  // pieces whose values are loaded at once
+};
+
 // Sum of the pieces [begin, end) of one row, in ascending order and each weighted with
 // 2^(its lse - offset). A lane holds columns 4 * (32 * v + lane) + {0..3}.
-template <int kVectors>
+template <int kVectors, int kBatch>
 class WeightedSum {
  public:
   // Starts to load the first pieces: they need not wait for the weights.
@@ -107,7 +118,8 @@ class WeightedSum {
                                       float4 (&out)[kVectors]) {
     const int lane = threadIdx.x % 32;
     for (int base = begin_; base < end_; base += 32) {
-      const float lse = base + lane < end_ ? lse_of(base + lane) : -INFINITY;
+      const float known = lse_of(base + lane);
+      const float lse = base + lane < end_ ? known : -INFINITY;
       const float weight = exp2f(lse - offset);
       const int count = min(32, end_ - base);
       for (int first = 0; first < count; first += kBatch) {
@@ -148,51 +160,59 @@ class WeightedSum {
   float4 x_[kBatch][kVectors];
 };
 
-// Grid: (requests or parts) x groups of rows, flattened on x. kWarpsPerRow
-// warps share the pieces of a row: consecutive runs, added up in ascending order.
-template <typename T, int kDimV, int kWarpsPerRow>
-__global__ void __launch_bounds__(kThreads)
+// Grid: (requests or parts) x groups of rows x groups of columns, flattened on x. The warps of a
+// row share its pieces: consecutive runs, added up in ascending order.
+template <typename T, int kDimV, int kWarpsPerRow, bool kByColumns>
+__global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spills for more CTAs
     combine_kernel(const DecodeParams p, int rows, int row_groups) {
-  constexpr int kRowsPerCta = kWarps / kWarpsPerRow;
-  constexpr int kVectors = kDimV / 4 / 32;  // float4 of a lane
+  using S = Sharing<kDimV, kWarpsPerRow, kByColumns>;
+  constexpr int kVectors = S::kVectors;
   ptx::grid_dependency_launch();
-  const int row_group = blockIdx.x % row_groups;
+  const int column_group = blockIdx.x % S::kColumnGroups;
+  const int flat_group = blockIdx.x / S::kColumnGroups;
+  const int row_group = flat_group % row_groups;
   const int group = p.heads_q / p.heads_kv;
-  int request = blockIdx.x / row_groups;
+  int request = flat_group / row_groups;
   const Slots slots = p.batch_invariant     ? invariant_slots(p, request)
                       : merge_by_request(p) ? find_slots_of_request(p, request)
                                             : find_slots_of_part(p, request, &request);
   ptx::grid_dependency_wait();
-  // A broken schedule: all results are NaN already, and stay so.
-  if (slots.count < 2 || *p.schedule_is_broken) return;
+  if (slots.count < 2) return;
+  const bool broken = *p.schedule_is_broken;
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int chunk = warp % kWarpsPerRow;
-  const int flat_row = row_group * kRowsPerCta + warp / kWarpsPerRow;  // over KV heads x rows
+  const int flat_row = row_group * S::kRowsPerCta + warp / kWarpsPerRow;  // over KV heads x rows
   const bool valid = flat_row < p.heads_kv * rows;
   const int kv_head = valid ? flat_row / rows : 0;
   const int row = valid ? flat_row % rows : 0;
   const auto slot_row = [&](int piece) {
     return (slots[piece] * p.heads_kv + kv_head) * rows + row;
   };
-
+  const int first_vector = column_group * kVectors * 32;
   const auto piece_of = [&](int piece) {
-    return reinterpret_cast<const float4*>(p.partial_out + slot_row(piece) * kDimV);
+    return reinterpret_cast<const float4*>(p.partial_out) + slot_row(piece) * S::kRowVectors +
+           first_vector;
   };
-  const auto lse_of = [&](int piece) { return p.partial_lse[slot_row(piece)]; };
+  // Asked for before the values, or it would come after them.
+  const float first_lse = lane < slots.count ? p.partial_lse[slot_row(lane)] : -INFINITY;
+  const auto lse_of = [&](int piece) {
+    if (slots.count <= 32) return __shfl_sync(0xffffffff, first_lse, piece & 31);
+    return piece < slots.count ? p.partial_lse[slot_row(piece)] : -INFINITY;
+  };
 
   const int per_chunk = schedule::ceil_div(slots.count, kWarpsPerRow);
-  WeightedSum<kVectors> pieces(piece_of, chunk * per_chunk,
-                               min((chunk + 1) * per_chunk, slots.count));
-  float max = -INFINITY;
-  for (int i = lane; i < slots.count; i += 32) max = fmaxf(max, lse_of(i));
+  WeightedSum<kVectors, S::kBatch> pieces(piece_of, chunk * per_chunk,
+                                          min((chunk + 1) * per_chunk, slots.count));
+  float max = first_lse;
+  for (int i = lane + 32; i < slots.count; i += 32) max = fmaxf(max, lse_of(i));
   for (int step = 16; step > 0; step /= 2) {
     max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, step));
   }
   const float offset = max == -INFINITY ? 0.f : max;
-  float sum = 0.f;
-  for (int i = lane; i < slots.count; i += 32) sum += exp2f(lse_of(i) - offset);
+  float sum = exp2f(first_lse - offset);
+  for (int i = lane + 32; i < slots.count; i += 32) sum += exp2f(lse_of(i) - offset);
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
 
   float4 out[kVectors] = {};
@@ -217,7 +237,8 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  if (!valid) return;
+  // A broken schedule: all results are NaN already, and stay so.
+  if (!valid || broken) return;
 
   constexpr float kLn2 = 0.6931471805599453f;
   const bool empty = sum == 0.f;
@@ -230,25 +251,27 @@ __global__ void __launch_bounds__(kThreads)
     factor /= 1.f + expf(p.attn_sink[base + head] - lse);
   }
   const int64_t out_row = (static_cast<int64_t>(request) * p.seq_q + token) * p.heads_q + head;
-  uint2* target = reinterpret_cast<uint2*>(static_cast<T*>(p.out) + out_row * kDimV);
+  uint2* target = static_cast<uint2*>(p.out) + out_row * S::kRowVectors + first_vector;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     target[v * 32 + lane] = uint2{ptx::pack<T>(out[v].x * factor, out[v].y * factor),
                                   ptx::pack<T>(out[v].z * factor, out[v].w * factor)};
   }
-  if (lane == 0) {
+  if (column_group == 0 && lane == 0) {
     p.lse[(static_cast<int64_t>(request) * p.heads_q + head) * p.seq_q + token] = lse;
   }
 }
 
-template <typename T, int kDimV, int kWarpsPerRow>
+template <typename T, int kDimV, int kWarpsPerRow, bool kByColumns = false>
 Status launch_kernel(const DecodeParams& p, cudaStream_t stream) {
+  using S = Sharing<kDimV, kWarpsPerRow, kByColumns>;
   const int rows = p.seq_q * p.heads_q / p.heads_kv;
-  const int row_groups = schedule::ceil_div(rows * p.heads_kv, kWarps / kWarpsPerRow);
-  const int64_t ctas =
-      static_cast<int64_t>(merge_by_request(p) ? p.batch : p.num_parts) * row_groups;
-  return launch_dependent(&combine_kernel<T, kDimV, kWarpsPerRow>, "grid of the merge kernel", ctas,
-                          kThreads, 0, stream, p, rows, row_groups);
+  const int row_groups = schedule::ceil_div(rows * p.heads_kv, S::kRowsPerCta);
+  const int64_t ctas = static_cast<int64_t>(merge_by_request(p) ? p.batch : p.num_parts) *
+                       row_groups * S::kColumnGroups;
+  return launch_dependent(&combine_kernel<T, kDimV, kWarpsPerRow, kByColumns>,
+                          "grid of the merge kernel", ctas, kThreads, 0, stream, p, rows,
+                          row_groups);
 }
 
 template <typename T, int kDimV>
@@ -257,7 +280,12 @@ Status launch(const DecodeParams& p, cudaStream_t stream) {
   if (p.batch_invariant) return launch_kernel<T, kDimV, 4>(p, stream);
   // So many warps that each has a few pieces, whose values are then all on their way at once.
   const int pieces = p.num_parts / (p.batch > 0 ? p.batch : 1);
-  if (pieces >= 12) return launch_kernel<T, kDimV, 8>(p, stream);
+  if (pieces >= 12) {
+    constexpr int kFewRows = 64;
+    const int64_t rows = static_cast<int64_t>(p.batch) * p.seq_q * p.heads_q;
+    return rows <= kFewRows ? launch_kernel<T, kDimV, 8, true>(p, stream)
+                            : launch_kernel<T, kDimV, 8>(p, stream);
+  }
   if (pieces >= 6) return launch_kernel<T, kDimV, 4>(p, stream);
   if (pieces >= 3) return launch_kernel<T, kDimV, 2>(p, stream);
   return launch_kernel<T, kDimV, 1>(p, stream);

@@ -30,7 +30,7 @@ BLOCK = 64  # tokens
 OVERHEAD = 5  # cost of starting a request, in blocks: prologue, epilogue, merging
 MIN_SHARE = 2  # blocks; smaller parts cost more to merge than they save
 WHOLE_SLACK = 8  # blocks that an uneven share may cost before requests are cut to even it
-PIECES_PER_BLOCK = 12  # so many even pieces take about as long to merge as a block takes
+MERGED_TILES_PER_BLOCK = 16  # merging so many row tiles of pieces takes about as long as a block
 MAX_EVEN_PARTS = 1024  # even pieces are planned for at most so many parts
 MAX_INVARIANT_SPLITS = 16  # bounds the workspace of batch-invariant calls
 MIN_INVARIANT_BLOCKS = 4  # blocks; a batch-invariant piece is never smaller unless it is the last
@@ -76,22 +76,27 @@ def request_blocks(
     return blocks
 
 
-def square_root(n: jax.Array) -> jax.Array:
-    """The largest integer whose square is at most n, which is below 2^30."""
-    root = jnp.sqrt(n.astype(jnp.float32)).astype(jnp.int32)
-    root = root - (root * root > n)
-    return root + ((root + 1) * (root + 1) <= n)
+def least_even_piece(total: jax.Array, row_tiles: int) -> jax.Array:
+    """Blocks of the smallest even pieces that are worth merging.
+
+    The largest power of two whose square is no more than what the pieces have to merge, in blocks'
+    time, if they have a block each: a piece takes about as long as merging all of them.
+    """
+    # Below 2^30. With more blocks pieces are larger in any case.
+    merged = jnp.minimum(total, 1 << 24) * min(row_tiles, 32) // MERGED_TILES_PER_BLOCK
+    return 1 << ((31 - jax.lax.clz(jnp.maximum(merged, 1))) // 2)
 
 
-def even_piece_blocks(blocks: jax.Array, num_sm_parts: int, payload: jax.Array) -> jax.Array:
+def even_piece_blocks(
+    blocks: jax.Array, num_sm_parts: int, payload: jax.Array, row_tiles: int
+) -> jax.Array:
     """Blocks of the pieces if all requests are cut into equal ones, one a part; 0 if they are not.
 
     The least number that makes no more pieces than there are parts, unless that is more than an
     even share ``payload`` of blocks and overheads, or so few blocks that merging costs more.
     """
-    (b,) = blocks.shape
     total = jnp.sum(blocks)
-    least = jnp.maximum(square_root(total // (PIECES_PER_BLOCK * b)), MIN_SHARE)
+    least = least_even_piece(total, row_tiles)
     first = jnp.maximum(total // num_sm_parts + (total % num_sm_parts > 0), least)
     # An even share is at most OVERHEAD blocks more than the least of these.
     size = first + jnp.arange(1 + OVERHEAD, dtype=jnp.int32)
@@ -102,7 +107,7 @@ def even_piece_blocks(blocks: jax.Array, num_sm_parts: int, payload: jax.Array) 
 
 
 def boundaries(
-    blocks: jax.Array, num_sm_parts: int, *, batch_invariant: bool
+    blocks: jax.Array, num_sm_parts: int, *, row_tiles: int, batch_invariant: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Where the parts begin: int32[num_sm_parts + 1] requests and units; the last is (b, 0)."""
     (b,) = blocks.shape
@@ -135,7 +140,7 @@ def boundaries(
     request = jnp.where(past | keep_whole, whole, request)
     unit = jnp.where(past | keep_whole, 0, unit)
     if not batch_invariant and b <= num_sm_parts <= MAX_EVEN_PARTS:
-        size = even_piece_blocks(blocks, num_sm_parts, payload)
+        size = even_piece_blocks(blocks, num_sm_parts, payload, row_tiles)
         even = (size > 0) & ~keep_whole
         size = jnp.maximum(size, 1)
         pieces = blocks // size + (blocks % size > 0)
@@ -181,7 +186,9 @@ def metadata(
     # Capped so that the sum of all costs stays below 2^30, whatever the lengths are.
     cap = max(2**30 // max(batch_size, 1) - OVERHEAD, 1)
     blocks = jnp.minimum(blocks, cap)
-    request, unit = boundaries(blocks, num_sm_parts, batch_invariant=batch_invariant)
+    request, unit = boundaries(
+        blocks, num_sm_parts, row_tiles=row_tiles, batch_invariant=batch_invariant
+    )
     marks = jnp.array(
         [
             batch_size,

@@ -329,11 +329,7 @@ __device__ __forceinline__ bool begin_cta(const KernelParams<P>& kp, SharedStora
     smem.init_barriers(arrivals...);
     ptx::fence_barrier_init();
   }
-  if constexpr (P::kPaired) {
-    ptx::cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  if constexpr (P::kPaired) ptx::cluster_sync();
   // From here on what earlier kernels wrote may be read, and the merge may be launched: it waits.
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
