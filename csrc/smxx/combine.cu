@@ -177,8 +177,8 @@ __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spill
                       : merge_by_request(p) ? find_slots_of_request(p, request)
                                             : find_slots_of_part(p, request, &request);
   ptx::grid_dependency_wait();
-  if (slots.count < 2) return;
-  const bool broken = *p.schedule_is_broken;
+  // A broken schedule: all results are NaN already, and stay so. The slots may be any then.
+  if (slots.count < 2 || *p.schedule_is_broken) return;
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -237,8 +237,7 @@ __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spill
       }
     }
   }
-  // A broken schedule: all results are NaN already, and stay so.
-  if (!valid || broken) return;
+  if (!valid) return;
 
   constexpr float kLn2 = 0.6931471805599453f;
   const bool empty = sum == 0.f;
