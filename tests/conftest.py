@@ -2,13 +2,15 @@
 
 Tests marked ``gpu`` run where JAX has a CUDA device and the kernels are built for it. Elsewhere
 they are deselected, and the summary says how many and why. With ``--require-gpu`` there is no
-elsewhere: a missing GPU is an error, and so is a skipped test.
+elsewhere: a missing GPU is an error, and so is a skipped test. A GPU test that fails and leaves
+its process without a usable GPU ends the run: after an illegal access every later test would fail.
 """
 
 from __future__ import annotations
 
 import os
 
+import gpu_state
 import pytest
 
 # Before any test starts a JAX backend. GPU runs see these CPU devices too.
@@ -53,6 +55,13 @@ def pytest_collection_modifyitems(config, items):
     config.stash[_deselected] = (len(marked), reason)
     config.hook.pytest_deselected(items=marked)
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    gpu_state.end_run_if_lost(item, report)
+    return report
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,6 +1,5 @@
 """Schedules: checked against a planner in plain Python, and by walking them."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
