@@ -51,6 +51,8 @@ __device__ Slots find_slots_of_part(const DecodeParams& p, int part, int* reques
   }
   // Exactly one later part runs past the request.
   __shared__ int last_part;
+  if (threadIdx.x == 0) last_part = part;  // if the schedule is broken: see below
+  __syncthreads();
   for (int other = part + 1 + threadIdx.x; other < p.num_parts; other += kThreads) {
     const schedule::Row later = schedule::load_row(p.schedule, other);
     if (later.begin_request > row.end_request) break;
@@ -66,6 +68,10 @@ __device__ Slots find_slots_of_part(const DecodeParams& p, int part, int* reques
 __device__ Slots find_slots_of_request(const DecodeParams& p, int request) {
   __shared__ int first_part;
   __shared__ int last_part;
+  // No part may be found if the schedule is broken. The slots are looked at all the same, so they
+  // must be some that there are.
+  if (threadIdx.x == 0) first_part = last_part = 0;
+  __syncthreads();
   for (int part = threadIdx.x; part < p.num_parts; part += kThreads) {
     const schedule::Row row = schedule::load_row(p.schedule, part);
     // Exactly one part holds (request, 0), and exactly one runs past the request.
@@ -177,8 +183,8 @@ __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spill
                       : merge_by_request(p) ? find_slots_of_request(p, request)
                                             : find_slots_of_part(p, request, &request);
   ptx::grid_dependency_wait();
-  // A broken schedule: all results are NaN already, and stay so. The slots may be any then.
-  if (slots.count < 2 || *p.schedule_is_broken) return;
+  if (slots.count < 2) return;
+  const bool broken = *p.schedule_is_broken;
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -237,7 +243,8 @@ __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spill
       }
     }
   }
-  if (!valid) return;
+  // A broken schedule: all results are NaN already, and stay so.
+  if (!valid || broken) return;
 
   constexpr float kLn2 = 0.6931471805599453f;
   const bool empty = sum == 0.f;

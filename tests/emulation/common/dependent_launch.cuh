@@ -1,0 +1,20 @@
+// In place of csrc/common/dependent_launch.cuh: runs the CTAs of a kernel one after the other.
+#pragma once
+
+#include <type_traits>
+
+#include "launch.h"
+#include "simt.h"
+
+namespace flashmla {
+
+template <typename... Params>
+Status launch_dependent(void (*kernel)(Params...), const char*, int64_t ctas, int threads, size_t,
+                        cudaStream_t, const std::type_identity_t<Params>&... params) {
+  for (int64_t i = 0; i < ctas; ++i) {
+    simt::run_cta(i, threads, [&] { kernel(params...); });
+  }
+  return {};
+}
+
+}  // namespace flashmla

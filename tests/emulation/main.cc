@@ -1,0 +1,120 @@
+// Runs one launcher on arrays in files. Arguments: merge or plan, a folder, and name=value for the
+// integers of the parameters. Arrays are files of the folder, written back where they are results.
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <string>
+
+#include "common/schedule.h"
+#include "launch.h"
+
+namespace {
+
+using namespace flashmla;
+
+std::map<std::string, int> numbers;
+std::string folder;
+
+[[noreturn]] void fail(const std::string& why) {
+  std::fprintf(stderr, "%s\n", why.c_str());
+  std::exit(2);
+}
+
+// An array on the heap, of exactly its size: sanitizers see what goes past it.
+class Array {
+ public:
+  explicit Array(const std::string& name) : path_(folder + "/" + name) {
+    std::ifstream file(path_, std::ios::binary);
+    if (!file) return;
+    const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+    size_ = bytes.size();
+    data_ = static_cast<char*>(std::malloc(size_));
+    bytes.copy(data_, size_);
+  }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+  ~Array() { std::free(data_); }
+
+  // Null without such a file.
+  template <typename T>
+  operator T*() const {
+    return reinterpret_cast<T*>(data_);
+  }
+  void write_back() const { std::ofstream(path_, std::ios::binary).write(data_, size_); }
+
+ private:
+  std::string path_;
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+void check(Status status) {
+  if (!status.ok()) fail(std::string("refused: ") + status.where);
+}
+
+void merge() {
+  const Array schedule("schedule"), lengths("lengths"), sink("attn_sink"), out("out"), lse("lse");
+  const Array partial_out("partial_out"), partial_lse("partial_lse"), broken("schedule_is_broken");
+  DecodeParams p{};
+  p.batch = numbers["batch"];
+  p.seq_q = numbers["seq_q"];
+  p.heads_q = numbers["heads_q"];
+  p.heads_kv = numbers["heads_kv"];
+  p.head_dim_v = numbers["head_dim_v"];
+  p.num_parts = numbers["num_parts"];
+  p.batch_invariant = numbers["batch_invariant"];
+  p.dtype = numbers["is_fp16"] ? DataType::kFloat16 : DataType::kBFloat16;
+  p.runs[0] = {lengths, numbers["capacity"]};
+  p.longer_is_nan = true;
+  p.schedule = schedule;
+  p.attn_sink = sink;
+  p.out = out;
+  p.lse = lse;
+  p.partial_out = partial_out;
+  p.partial_lse = partial_lse;
+  p.schedule_is_broken = broken;
+  p.num_slots = numbers["num_slots"];
+  p.slots_per_request = schedule::max_invariant_splits(numbers["capacity"]);
+  check(launch_combine(p, nullptr));
+  out.write_back();
+  lse.write_back();
+}
+
+void plan() {
+  const Array lengths("lengths"), schedule("schedule"), num_splits("num_splits");
+  ScheduleParams p{};
+  p.batch = numbers["batch"];
+  p.num_parts = numbers["num_parts"];
+  p.row_tiles = numbers["row_tiles"];
+  p.batch_invariant = numbers["batch_invariant"];
+  p.max_length = -1;
+  p.lengths = lengths;
+  p.schedule = schedule;
+  p.num_splits = num_splits;
+  check(launch_schedule(p, nullptr));
+  schedule.write_back();
+  num_splits.write_back();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 3) fail("usage: main merge|plan FOLDER [NAME=INTEGER ...]");
+  folder = argv[2];
+  for (int i = 3; i < argc; ++i) {
+    const std::string argument = argv[i];
+    const size_t equals = argument.find('=');
+    if (equals == std::string::npos) fail("no NAME=INTEGER: " + argument);
+    numbers[argument.substr(0, equals)] = std::atoi(argument.c_str() + equals + 1);
+  }
+  const std::string what = argv[1];
+  if (what == "merge") {
+    merge();
+  } else if (what == "plan") {
+    plan();
+  } else {
+    fail("no such launcher: " + what);
+  }
+}

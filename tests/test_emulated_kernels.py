@@ -1,0 +1,191 @@
+"""The CUDA sources of the scheduler and the merge, emulated on the CPU under sanitizers.
+
+Values are checked against the planner in jnp and a merge in float64. The same kernels are tested
+on GPUs (tests/gpu); here no GPU is needed, and shared memory holds garbage when a CTA starts.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulator import SANITIZERS, Emulator, compiler
+
+from jax_flashmla.reference import scheduler
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ 12 or later")
+
+
+@pytest.fixture(scope="module", params=SANITIZERS)
+def emulator(request, tmp_path_factory):
+    return Emulator(tmp_path_factory.mktemp("emulator"), request.param)
+
+
+# Threads of a kernel that is led astray may write the same word, whichever of their values counts.
+only_memory = pytest.mark.parametrize("emulator", ["memory"], indirect=True)
+
+
+# ------------------------------------------------------------------ scheduler
+
+
+def lengths_of(b, mean):
+    lengths = np.random.default_rng(b).normal(mean, mean, b).astype(np.int32)
+    lengths[b // 2] = -3
+    return lengths
+
+
+@pytest.mark.parametrize(
+    "lengths, parts, row_tiles",
+    [
+        (np.int32([512]), 132, 1),
+        (np.int32([16384]), 66, 2),
+        (np.int32([2048] * 4), 66, 2),
+        (lengths_of(33, 3000), 132, 1),  # cut, not evenly
+        (lengths_of(128, 900), 66, 4),  # whole requests
+        (lengths_of(7, 90_000), 1, 40),
+        (lengths_of(1500, 300), 13, 1),  # more than small_schedule_kernel plans
+        (lengths_of(3, 90_000), 1100, 1),
+    ],
+    ids=lambda x: f"{len(x)}-requests" if isinstance(x, np.ndarray) else str(x),
+)
+@pytest.mark.parametrize("batch_invariant", [False, True], ids=["", "invariant"])
+def test_scheduler_gives_the_integers_of_the_reference(
+    emulator, lengths, parts, row_tiles, batch_invariant
+):
+    b = len(lengths)
+    rows, splits = np.full((parts, 8), -1, np.int32), np.full(b + 1, -1, np.int32)
+    emulator.run(
+        "plan",
+        {"lengths": lengths, "schedule": rows, "num_splits": splits},
+        batch=b,
+        num_parts=parts,
+        row_tiles=row_tiles,
+        batch_invariant=batch_invariant,
+    )
+    want = scheduler.metadata(
+        {"cache_seqlens": jnp.asarray(lengths)},
+        batch_size=b,
+        row_tiles=row_tiles,
+        topk=None,
+        extra_topk=None,
+        num_sm_parts=parts,
+        batch_invariant=batch_invariant,
+    )
+    np.testing.assert_array_equal(rows, want[0])
+    np.testing.assert_array_equal(splits, want[1])
+
+
+# ------------------------------------------------------------------ merge
+
+UNTOUCHED = 0xABAB
+
+
+class Merge:
+    """Random pieces of requests: ``pieces[r]`` of request r, each in a part of its own."""
+
+    def __init__(self, pieces, parts, h_q, h_kv=1, s_q=1, dv=512, sink=False, seed=0):
+        self.pieces, self.parts, self.h_q, self.h_kv, self.s_q = pieces, parts, h_q, h_kv, s_q
+        b, rows, rng = len(pieces), s_q * h_q // h_kv, np.random.default_rng(seed)
+        begins = [(r, 3 * k) for r, count in enumerate(pieces) for k in range(count)]
+        assert len(begins) <= parts
+        begins += [(b, 0)] * (parts + 1 - len(begins))
+        schedule = [[*begins[i], *begins[i + 1], b, 1, 0, parts] for i in range(parts)]
+        self.arrays = {
+            "schedule": np.int32(schedule),
+            "lengths": np.full(b, 64, np.int32),
+            "attn_sink": rng.normal(size=h_q).astype(np.float32) if sink else None,
+            "partial_out": rng.normal(size=(2 * parts, h_kv, rows, dv)).astype(np.float32),
+            "partial_lse": rng.normal(0, 5, (2 * parts, h_kv, rows)).astype(np.float32),
+            "schedule_is_broken": np.zeros(1, np.int32),
+            "out": np.full((b, s_q, h_q, dv), UNTOUCHED, np.uint16),
+            "lse": np.full((b, h_q, s_q), -777, np.float32),
+        }
+        # Pieces without a token leave their output as it was.
+        empty = rng.random((2 * parts, h_kv, rows)) < 0.1
+        self.arrays["partial_lse"][empty] = -np.inf
+        self.arrays["partial_out"][empty] = np.nan
+
+    def run(self, emulator):
+        b, s_q, h_q, dv = self.arrays["out"].shape
+        emulator.run(
+            "merge",
+            self.arrays,
+            batch=b,
+            seq_q=s_q,
+            heads_q=h_q,
+            heads_kv=self.h_kv,
+            head_dim_v=dv,
+            num_parts=self.parts,
+            num_slots=2 * self.parts,
+            capacity=1 << 20,
+            is_fp16=True,
+        )
+        return self.arrays["out"], self.arrays["lse"]
+
+    def slots(self, request):
+        """Where the pieces are: the first one is its part's last piece, the others the first."""
+        first = sum(self.pieces[:request])
+        parts = np.arange(first, first + self.pieces[request])
+        return 2 * parts + (parts == first)
+
+    def expected(self, request):
+        """out [h_kv, rows, dv] and lse [h_kv, rows] in float64."""
+        lse = self.arrays["partial_lse"][self.slots(request)].astype(np.float64)
+        out = self.arrays["partial_out"][self.slots(request)].astype(np.float64)
+        total = np.logaddexp2.reduce(lse)
+        with np.errstate(invalid="ignore"):
+            weights = np.where(lse == -np.inf, 0, np.exp2(lse - total))
+        merged = np.where(weights[..., None] == 0, 0, weights[..., None] * out).sum(axis=0)
+        natural = np.where(total == -np.inf, np.inf, total * np.log(2))
+        if self.arrays["attn_sink"] is not None:
+            sink = self.arrays["attn_sink"].astype(np.float64).reshape(self.h_kv, -1)
+            sink = np.tile(sink, (1, self.s_q))  # rows are query tokens x heads
+            with np.errstate(over="ignore"):
+                merged /= 1 + np.exp(sink - natural)[..., None]
+        return merged, natural
+
+    def by_rows(self, x, request):
+        """A result of a request as [h_kv, rows, ...]."""
+        x = x[request]  # [s_q, h_q, dv] or, lse, [h_q, s_q]
+        x = x.T if x.ndim == 2 else x
+        x = x.reshape(self.s_q, self.h_kv, -1, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(self.h_kv, -1, *x.shape[3:])
+
+
+MERGES = {
+    "by columns, more than 32 pieces": Merge([132], 132, 2),
+    "by columns, 33 pieces": Merge([33], 40, 3, sink=True),
+    "by columns, KV heads": Merge([32], 64, 2, h_kv=2, s_q=2, sink=True),
+    "by columns, 256": Merge([17], 20, 3, dv=256),
+    "many rows, more than 32 pieces": Merge([36], 40, 65, dv=256, sink=True),
+    "4 warps a row": Merge([7, 1, 8], 24, 3),
+    "2 warps a row": Merge([3, 4, 1, 2], 14, 5, dv=256, sink=True),
+    "a warp a row": Merge([1, 2, 1, 2, 3], 9, 9, h_kv=3),
+    "by parts": Merge([1, 1, 0, 1, 2, 1, 0, 1, 1, 0, 0, 1], 9, 2),
+}
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_merge_is_the_weighted_sum_of_pieces(emulator, name):
+    merge = MERGES[name]
+    out, lse = merge.run(emulator)
+    for request, count in enumerate(merge.pieces):
+        if count < 2:  # the attention kernel's business
+            assert (out[request] == UNTOUCHED).all() and (lse[request] == -777).all()
+            continue
+        want_out, want_lse = merge.expected(request)
+        got = merge.by_rows(out.view(np.float16), request).astype(np.float64)
+        np.testing.assert_allclose(got, want_out, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(merge.by_rows(lse, request), want_lse, rtol=1e-5, atol=1e-5)
+
+
+@only_memory
+@pytest.mark.parametrize("name", ["by columns, 33 pieces", "4 warps a row", "by parts"])
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_is_merged_by_a_broken_schedule(emulator, name, seed):
+    merge = Merge(MERGES[name].pieces, MERGES[name].parts, 3, seed=seed)
+    rng = np.random.default_rng(seed)
+    shape, info = merge.arrays["schedule"].shape, np.iinfo(np.int32)
+    noise = [rng.integers(info.min, info.max, shape), rng.integers(-2, 5, shape)]
+    merge.arrays["schedule"] = noise[seed % 2].astype(np.int32)
+    merge.arrays["schedule_is_broken"][:] = 1
+    out, lse = merge.run(emulator)
+    assert (out == UNTOUCHED).all() and (lse == -777).all()
