@@ -336,6 +336,7 @@ __device__ __forceinline__ bool begin_cta(const KernelParams<P>& kp, SharedStora
 
   const schedule::Expected expected{kp.p.batch, kp.row_tiles * kp.slices, kp.p.num_parts,
                                     schedule::expected_stamp(kp.p.batch_invariant, P::kSparse)};
+  // After this barrier all threads see the place and the other barriers, too.
   const bool broken =
       __syncthreads_or(schedule::any_row_broken(kp.p.schedule, expected, threadIdx.x, P::kThreads));
   if (blockIdx.x == 0 && threadIdx.x == 0) *kp.p.schedule_is_broken = broken;
