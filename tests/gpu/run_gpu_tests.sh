@@ -4,6 +4,7 @@
 # kernels; PYTHON names the interpreter it is installed for (default python3).
 #
 #   tests/gpu/run_gpu_tests.sh [pytest arguments]
+#   JOBS=8 runs the tests in so many processes (pytest-xdist).
 #   PARTS="tests memcheck racecheck" chooses parts (default these three). PARTS=grid runs the whole
 #   grid of dense decode cases, or what of it is missing in $GRID_OUT (default grid.jsonl), and
 #   PARTS=sparse_grid that of sparse decode, in $SPARSE_GRID_OUT (default sparse_grid.jsonl).
@@ -11,6 +12,13 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 parts=${PARTS:-tests memcheck racecheck}
+processes=()
+if [ "${JOBS:-1}" != 1 ]; then
+  # Oracles in numpy would else take all cores in every process.
+  cores=$((($(nproc) + JOBS - 1) / JOBS))
+  export OPENBLAS_NUM_THREADS=$cores OMP_NUM_THREADS=$cores
+  processes=(-n "$JOBS")
+fi
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
 failed=()
 
@@ -41,7 +49,8 @@ PYTHON
 
 if [[ " $parts " == *" tests "* ]]; then
   step "tests marked gpu"
-  "$python" -P -m pytest -m gpu --require-gpu --durations=10 tests "$@" || failed+=("tests")
+  "$python" -P -m pytest -m gpu --require-gpu --durations=10 "${processes[@]}" tests "$@" ||
+    failed+=("tests")
 fi
 
 # Every allocation its own cudaMalloc, so that an access past an array is seen.
