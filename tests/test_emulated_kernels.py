@@ -1,6 +1,7 @@
 """The CUDA sources of the scheduler and the merge, emulated on the CPU under sanitizers.
 
-Values are checked against the planner in jnp and a merge in float64. The same kernels are tested
+So is the walk over a schedule, which the attention kernels do. Values are checked against the
+planner in jnp and a merge in float64. The same kernels are tested
 on GPUs (tests/gpu); here no GPU is needed, and shared memory holds garbage when a CTA starts.
 """
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulator import SANITIZERS, Emulator, compiler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jax_flashmla.reference import scheduler
 
@@ -71,6 +74,83 @@ def test_scheduler_gives_the_integers_of_the_reference(
     )
     np.testing.assert_array_equal(rows, want[0])
     np.testing.assert_array_equal(splits, want[1])
+
+
+# ------------------------------------------------------------------ walk
+
+CAPACITY = 1 << 14
+LENGTHS = st.one_of(
+    st.integers(-2, 700), st.integers(0, CAPACITY), st.sampled_from([0, CAPACITY, CAPACITY + 1])
+)
+
+
+def blocks_of(length):
+    """Blocks of a request; one stands for those of a length past the capacity."""
+    return 1 if length > CAPACITY else -(-max(int(length), 0) // 64)
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    return Emulator(tmp_path_factory.mktemp("checked"), "memory")
+
+
+@given(
+    data=st.data(),
+    b=st.sampled_from([1, 4, 9]),
+    parts=st.sampled_from([1, 3, 13]),
+    batch_invariant=st.booleans(),
+    change=st.sampled_from(["none", "a number", "a bit", "a row"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_schedule_is_a_partition_of_the_work_or_broken(
+    checked, data, b, parts, batch_invariant, change
+):
+    """Whatever it holds, and for other lengths: no block is left out, none is done twice."""
+    planned = data.draw(st.lists(LENGTHS, min_size=b, max_size=b), "planned")
+    lengths = np.int32(data.draw(st.lists(LENGTHS, min_size=b, max_size=b), "lengths"))
+    rows, _ = scheduler.metadata(
+        {"cache_seqlens": jnp.asarray(planned, jnp.int32)},
+        batch_size=b,
+        row_tiles=2,
+        topk=None,
+        extra_topk=None,
+        num_sm_parts=parts,
+        batch_invariant=batch_invariant,
+    )
+    rows = np.array(rows)
+    row, column = data.draw(st.tuples(st.integers(0, parts - 1), st.integers(0, 7)), "where")
+    if change == "a number":
+        rows[row, column] = data.draw(
+            st.one_of(st.integers(-2, 20), st.integers(-(2**31), 2**31 - 1))
+        )
+    elif change == "a bit":
+        rows[row, column] ^= 1 << data.draw(st.integers(0, 30))
+    elif change == "a row":
+        rows[row] = rows[data.draw(st.integers(0, parts - 1))]
+    pieces, broken = np.zeros((32 * (b + parts), 7), np.int32), np.int32([-1])
+    checked.run(
+        "walk",
+        {"lengths": lengths, "schedule": rows, "pieces": pieces, "is_broken": broken},
+        batch=b,
+        num_parts=parts,
+        row_tiles=2,
+        batch_invariant=batch_invariant,
+        capacity=CAPACITY,
+    )
+    if broken[0]:
+        assert change != "none"
+        return
+    pieces = pieces[pieces[:, 6] == 1]
+    slots = pieces[pieces[:, 4] >= 0, 4]
+    most = 16 * b if batch_invariant else 2 * parts
+    assert len(set(slots.tolist())) == len(slots) and (slots < most).all()
+    for request, length in enumerate(lengths):
+        own = pieces[pieces[:, 1] == request]
+        assert len(own) > 0 and (own[:, 5] == (length > CAPACITY)).all()
+        done = [block for piece in own for block in range(piece[2], piece[3])]
+        assert sorted(done) == list(range(blocks_of(length)))
+        if (own[:, 4] < 0).any():  # it writes the result itself
+            assert len(own) == 1
 
 
 # ------------------------------------------------------------------ merge

@@ -1,5 +1,6 @@
-// Runs one launcher on arrays in files. Arguments: merge or plan, a folder, and name=value for the
-// integers of the parameters. Arrays are files of the folder, written back where they are results.
+// Runs one launcher on arrays in files, or walks over a schedule as the attention kernels do.
+// Arguments: merge, plan or walk, a folder, and name=value for the integers of the parameters.
+// Arrays are files of the folder, written back where they are results.
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -7,7 +8,7 @@
 #include <map>
 #include <string>
 
-#include "common/schedule.h"
+#include "common/schedule.cuh"
 #include "launch.h"
 
 namespace {
@@ -42,6 +43,7 @@ class Array {
   operator T*() const {
     return reinterpret_cast<T*>(data_);
   }
+  size_t size() const { return size_; }
   void write_back() const { std::ofstream(path_, std::ios::binary).write(data_, size_); }
 
  private:
@@ -98,10 +100,46 @@ void plan() {
   num_splits.write_back();
 }
 
+// The pieces of all parts, [n, 7]: part, request, first and end block, slot, whether it is poison,
+// and 1 where there is one. Nothing if the schedule is broken.
+void walk() {
+  const Array lengths("lengths"), schedule("schedule"), pieces("pieces"), is_broken("is_broken");
+  DecodeParams p{};
+  p.batch = numbers["batch"];
+  p.num_parts = numbers["num_parts"];
+  p.batch_invariant = numbers["batch_invariant"];
+  p.runs[0] = {lengths, numbers["capacity"]};
+  p.schedule = schedule;
+  p.slots_per_request = schedule::max_invariant_splits(numbers["capacity"]);
+  const schedule::Expected expected{p.batch, numbers["row_tiles"], p.num_parts,
+                                    schedule::expected_stamp(p.batch_invariant, false)};
+  bool broken = false;
+  for (int i = 0; i < 3; ++i) broken |= schedule::any_row_broken(p.schedule, expected, i, 3);
+  static_cast<int32_t*>(is_broken)[0] = broken;
+  is_broken.write_back();
+  if (broken) return;
+
+  const size_t room = pieces.size() / (7 * sizeof(int32_t));
+  int32_t* row = pieces;
+  size_t count = 0;
+  for (int part = 0; part < p.num_parts; ++part) {
+    schedule::PieceWalk<schedule::SequenceLengths> walk(p, part);
+    schedule::Piece piece;
+    while (walk.next(p, piece)) {
+      if (count++ == room) fail("more pieces than there is room for");
+      for (int value : {part, piece.request, piece.first_block, piece.end_block, piece.slot,
+                        static_cast<int>(piece.poison), 1}) {
+        *row++ = value;
+      }
+    }
+  }
+  pieces.write_back();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 3) fail("usage: main merge|plan FOLDER [NAME=INTEGER ...]");
+  if (argc < 3) fail("usage: main merge|plan|walk FOLDER [NAME=INTEGER ...]");
   folder = argv[2];
   for (int i = 3; i < argc; ++i) {
     const std::string argument = argv[i];
@@ -114,6 +152,8 @@ int main(int argc, char** argv) {
     merge();
   } else if (what == "plan") {
     plan();
+  } else if (what == "walk") {
+    walk();
   } else {
     fail("no such launcher: " + what);
   }
