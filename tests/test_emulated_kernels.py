@@ -1,9 +1,11 @@
 """The CUDA sources of the scheduler and the merge, emulated on the CPU under sanitizers.
 
 So is the walk over a schedule, which the attention kernels do. Values are checked against the
-planner in jnp and a merge in float64. The same kernels are tested
-on GPUs (tests/gpu); here no GPU is needed, and shared memory holds garbage when a CTA starts.
+planner in jnp and a merge in float64. The same kernels are tested on GPUs (tests/gpu); here no GPU
+is needed, and shared memory holds garbage when a CTA starts.
 """
+
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,15 @@ from jax_flashmla.reference import scheduler
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ 12 or later")
 
 
-@pytest.fixture(scope="module", params=SANITIZERS)
-def emulator(request, tmp_path_factory):
-    return Emulator(tmp_path_factory.mktemp("emulator"), request.param)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The emulator with a sanitizer, compiled once."""
+    return functools.cache(lambda name: Emulator(tmp_path_factory.mktemp(name), name))
+
+
+@pytest.fixture(params=SANITIZERS)
+def emulator(request, built):
+    return built(request.param)
 
 
 # Threads of a kernel that is led astray may write the same word, whichever of their values counts.
@@ -89,11 +97,6 @@ def blocks_of(length):
     return 1 if length > CAPACITY else -(-max(int(length), 0) // 64)
 
 
-@pytest.fixture(scope="module")
-def checked(tmp_path_factory):
-    return Emulator(tmp_path_factory.mktemp("checked"), "memory")
-
-
 @given(
     data=st.data(),
     b=st.sampled_from([1, 4, 9]),
@@ -103,7 +106,7 @@ def checked(tmp_path_factory):
 )
 @settings(max_examples=150, deadline=None)
 def test_a_schedule_is_a_partition_of_the_work_or_broken(
-    checked, data, b, parts, batch_invariant, change
+    built, data, b, parts, batch_invariant, change
 ):
     """Whatever it holds, and for other lengths: no block is left out, none is done twice."""
     planned = data.draw(st.lists(LENGTHS, min_size=b, max_size=b), "planned")
@@ -130,7 +133,7 @@ def test_a_schedule_is_a_partition_of_the_work_or_broken(
     elif change == "a row":
         rows[row] = rows[data.draw(st.integers(0, parts - 1))]
     pieces, broken = np.zeros((32 * (b + parts), 7), np.int32), np.int32([-1])
-    checked.run(
+    built("memory").run(
         "walk",
         {"lengths": lengths, "schedule": rows, "pieces": pieces, "is_broken": broken},
         batch=b,
@@ -163,8 +166,12 @@ UNTOUCHED = 0xABAB
 class Merge:
     """Random pieces of requests: ``pieces[r]`` of request r, each in a part of its own."""
 
-    def __init__(self, pieces, parts, h_q, h_kv=1, s_q=1, dv=512, sink=False, seed=0):
+    def __init__(
+        self, pieces, parts, h_q, h_kv=1, s_q=1, dv=512, sink=False, seed=0, batch_invariant=False
+    ):
         self.pieces, self.parts, self.h_q, self.h_kv, self.s_q = pieces, parts, h_q, h_kv, s_q
+        self.batch_invariant = batch_invariant
+        self.num_slots = 16 * len(pieces) if batch_invariant else 2 * parts
         b, rows, rng = len(pieces), s_q * h_q // h_kv, np.random.default_rng(seed)
         begins = [(r, 3 * k) for r, count in enumerate(pieces) for k in range(count)]
         assert len(begins) <= parts
@@ -172,16 +179,17 @@ class Merge:
         schedule = [[*begins[i], *begins[i + 1], b, 1, 0, parts] for i in range(parts)]
         self.arrays = {
             "schedule": np.int32(schedule),
-            "lengths": np.full(b, 64, np.int32),
+            # Batch-invariant pieces have four blocks.
+            "lengths": np.int32([4 * 64 * count for count in pieces]),
             "attn_sink": rng.normal(size=h_q).astype(np.float32) if sink else None,
-            "partial_out": rng.normal(size=(2 * parts, h_kv, rows, dv)).astype(np.float32),
-            "partial_lse": rng.normal(0, 5, (2 * parts, h_kv, rows)).astype(np.float32),
+            "partial_out": rng.normal(size=(self.num_slots, h_kv, rows, dv)).astype(np.float32),
+            "partial_lse": rng.normal(0, 5, (self.num_slots, h_kv, rows)).astype(np.float32),
             "schedule_is_broken": np.zeros(1, np.int32),
             "out": np.full((b, s_q, h_q, dv), UNTOUCHED, np.uint16),
             "lse": np.full((b, h_q, s_q), -777, np.float32),
         }
         # Pieces without a token leave their output as it was.
-        empty = rng.random((2 * parts, h_kv, rows)) < 0.1
+        empty = rng.random((self.num_slots, h_kv, rows)) < 0.1
         self.arrays["partial_lse"][empty] = -np.inf
         self.arrays["partial_out"][empty] = np.nan
 
@@ -196,14 +204,17 @@ class Merge:
             heads_kv=self.h_kv,
             head_dim_v=dv,
             num_parts=self.parts,
-            num_slots=2 * self.parts,
-            capacity=1 << 20,
+            num_slots=self.num_slots,
+            batch_invariant=self.batch_invariant,
+            capacity=CAPACITY,
             is_fp16=True,
         )
         return self.arrays["out"], self.arrays["lse"]
 
     def slots(self, request):
         """Where the pieces are: the first one is its part's last piece, the others the first."""
+        if self.batch_invariant:
+            return 16 * request + np.arange(self.pieces[request])
         first = sum(self.pieces[:request])
         parts = np.arange(first, first + self.pieces[request])
         return 2 * parts + (parts == first)
@@ -241,6 +252,7 @@ MERGES = {
     "4 warps a row": Merge([7, 1, 8], 24, 3),
     "2 warps a row": Merge([3, 4, 1, 2], 14, 5, dv=256, sink=True),
     "a warp a row": Merge([1, 2, 1, 2, 3], 9, 9, h_kv=3),
+    "batch-invariant": Merge([16, 1, 3], 20, 3, sink=True, batch_invariant=True),
     "by parts": Merge([1, 1, 0, 1, 2, 1, 0, 1, 1, 0, 0, 1], 9, 2),
 }
 
@@ -260,10 +272,13 @@ def test_merge_is_the_weighted_sum_of_pieces(emulator, name):
 
 
 @only_memory
-@pytest.mark.parametrize("name", ["by columns, 33 pieces", "4 warps a row", "by parts"])
+@pytest.mark.parametrize(
+    "name", ["by columns, 33 pieces", "4 warps a row", "batch-invariant", "by parts"]
+)
 @pytest.mark.parametrize("seed", range(6))
 def test_nothing_is_merged_by_a_broken_schedule(emulator, name, seed):
-    merge = Merge(MERGES[name].pieces, MERGES[name].parts, 3, seed=seed)
+    like = MERGES[name]
+    merge = Merge(like.pieces, like.parts, 3, seed=seed, batch_invariant=like.batch_invariant)
     rng = np.random.default_rng(seed)
     shape, info = merge.arrays["schedule"].shape, np.iinfo(np.int32)
     noise = [rng.integers(info.min, info.max, shape), rng.integers(-2, 5, shape)]

@@ -17,8 +17,8 @@ from jax_flashmla.reference import scheduler
 BLOCK = 64
 INT32_MAX = 2**31 - 1
 
-# Few sizes, since each is compiled; lengths are values and vary freely.
 ROW_TILES = 2  # of 64 rows, for 128 heads
+# Few sizes, since each is compiled; lengths are values and vary freely.
 BATCHES = st.sampled_from([0, 1, 3, 33])
 PARTS = st.sampled_from([1, 3, 13, 132])
 LENGTHS = st.one_of(

@@ -124,7 +124,7 @@ class WeightedSum {
                                       float4 (&out)[kVectors]) {
     const int lane = threadIdx.x % 32;
     for (int base = begin_; base < end_; base += 32) {
-      const float known = lse_of(base + lane);
+      const float known = lse_of(base + lane);  // by all lanes, since it may be a shuffle
       const float lse = base + lane < end_ ? known : -INFINITY;
       const float weight = exp2f(lse - offset);
       const int count = min(32, end_ - base);

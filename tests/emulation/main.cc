@@ -56,21 +56,28 @@ void check(Status status) {
   if (!status.ok()) fail(std::string("refused: ") + status.where);
 }
 
+// What merge and walk have in common.
+DecodeParams decode_params(const Array& schedule, const Array& lengths) {
+  DecodeParams p{};
+  p.batch = numbers["batch"];
+  p.num_parts = numbers["num_parts"];
+  p.batch_invariant = numbers["batch_invariant"];
+  p.runs[0] = {lengths, numbers["capacity"]};
+  p.longer_is_nan = true;
+  p.schedule = schedule;
+  p.slots_per_request = schedule::max_invariant_splits(numbers["capacity"]);
+  return p;
+}
+
 void merge() {
   const Array schedule("schedule"), lengths("lengths"), sink("attn_sink"), out("out"), lse("lse");
   const Array partial_out("partial_out"), partial_lse("partial_lse"), broken("schedule_is_broken");
-  DecodeParams p{};
-  p.batch = numbers["batch"];
+  DecodeParams p = decode_params(schedule, lengths);
   p.seq_q = numbers["seq_q"];
   p.heads_q = numbers["heads_q"];
   p.heads_kv = numbers["heads_kv"];
   p.head_dim_v = numbers["head_dim_v"];
-  p.num_parts = numbers["num_parts"];
-  p.batch_invariant = numbers["batch_invariant"];
   p.dtype = numbers["is_fp16"] ? DataType::kFloat16 : DataType::kBFloat16;
-  p.runs[0] = {lengths, numbers["capacity"]};
-  p.longer_is_nan = true;
-  p.schedule = schedule;
   p.attn_sink = sink;
   p.out = out;
   p.lse = lse;
@@ -78,7 +85,6 @@ void merge() {
   p.partial_lse = partial_lse;
   p.schedule_is_broken = broken;
   p.num_slots = numbers["num_slots"];
-  p.slots_per_request = schedule::max_invariant_splits(numbers["capacity"]);
   check(launch_combine(p, nullptr));
   out.write_back();
   lse.write_back();
@@ -104,13 +110,7 @@ void plan() {
 // and 1 where there is one. Nothing if the schedule is broken.
 void walk() {
   const Array lengths("lengths"), schedule("schedule"), pieces("pieces"), is_broken("is_broken");
-  DecodeParams p{};
-  p.batch = numbers["batch"];
-  p.num_parts = numbers["num_parts"];
-  p.batch_invariant = numbers["batch_invariant"];
-  p.runs[0] = {lengths, numbers["capacity"]};
-  p.schedule = schedule;
-  p.slots_per_request = schedule::max_invariant_splits(numbers["capacity"]);
+  const DecodeParams p = decode_params(schedule, lengths);
   const schedule::Expected expected{p.batch, numbers["row_tiles"], p.num_parts,
                                     schedule::expected_stamp(p.batch_invariant, false)};
   bool broken = false;
