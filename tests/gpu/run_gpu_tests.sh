@@ -17,7 +17,7 @@ if [ "${JOBS:-1}" != 1 ]; then
   # Oracles in numpy would else take all cores in every process.
   cores=$((($(nproc) + JOBS - 1) / JOBS))
   export OPENBLAS_NUM_THREADS=$cores OMP_NUM_THREADS=$cores
-  processes=(-n "$JOBS")
+  processes=(-n "$JOBS" --dist loadgroup)
 fi
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
 failed=()

@@ -21,7 +21,8 @@ from raw_launcher import RawDenseDecode
 
 from jax_flashmla._cuda import DENSE_DIMS
 
-pytestmark = pytest.mark.gpu
+# In one process when there are several: each would have its own large caches.
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("dense_grid")]
 
 VARYING = functools.partial(DenseCase, lengths="varying", empty=True)
 # At most 0.5 GB, for each of many runners.

@@ -7,7 +7,8 @@ import pytest
 import sparse_cases
 import sparse_grid
 
-pytestmark = pytest.mark.gpu
+# In one process when there are several: each would have its own large caches.
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("sparse_grid")]
 
 
 @pytest.fixture(scope="module")
