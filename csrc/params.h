@@ -31,6 +31,8 @@ struct DecodeParams {
   int seq_q;              // s_q: query tokens of a request
   int heads_q;            // h_q
   int heads_kv;           // h_kv, divides h_q
+  int slices;             // rows of a request (query tokens x heads) fall into so many slices that
+                          // share no keys: KV heads, or, if sparse, query tokens
   int head_dim;           // d of queries and keys
   int head_dim_v;         // values are the first head_dim_v columns of the keys
   int num_parts;          // rows of the schedule = parts the work is divided into
@@ -41,7 +43,7 @@ struct DecodeParams {
   DataType dtype;
 
   RunLengths runs[kMaxRuns];
-  bool longer_is_nan;  // what a length above `most` means
+  bool sparse;  // query tokens choose their keys; else a length above `most` makes NaN
 
   // Inputs.
   const void* q;            // [b, s_q, h_q, d]
@@ -53,14 +55,14 @@ struct DecodeParams {
   float* lse;  // [b, h_q, s_q], natural logarithm
 
   // Workspace for requests that are cut into several pieces.
-  float* partial_out;  // [num_slots, h_kv, s_q * h_q / h_kv, dv]
-  float* partial_lse;  // [num_slots, h_kv, s_q * h_q / h_kv], base 2, -inf for an empty piece
+  float* partial_out;           // [num_slots, slices, slabs, 16 * dv], see common/partial.h
+  float* partial_sums;          // [num_slots, slices, slabs, 32]
   int32_t* schedule_is_broken;  // [1]: the attention kernel tells the merge that all is NaN
   int num_slots;                // 2 * num_parts, or batch * slots_per_request when batch_invariant
   int slots_per_request;
 };
 
-// runs[0] holds cache_seqlens [b] and the capacity of the table; longer_is_nan.
+// runs[0] holds cache_seqlens [b] and the capacity of the table.
 struct DenseDecodeParams : DecodeParams {
   int num_pages;    // pages of the cache
   int page_size;    // tokens of a page

@@ -207,7 +207,8 @@ void bind_raw(nb::module_& m) {
       .def_rw("batch_invariant", &DecodeParams::batch_invariant)
       .def_rw("fp8_matmul", &DecodeParams::fp8_matmul)
       .def_rw("sink_per_request", &DecodeParams::sink_per_request)
-      .def_rw("longer_is_nan", &DecodeParams::longer_is_nan)
+      .def_rw("slices", &DecodeParams::slices)
+      .def_rw("sparse", &DecodeParams::sparse)
       .def_rw("num_slots", &DecodeParams::num_slots)
       .def_rw("slots_per_request", &DecodeParams::slots_per_request)
       .def_prop_rw(
@@ -228,7 +229,7 @@ void bind_raw(nb::module_& m) {
   bind_pointer(decode, "out", &DecodeParams::out);
   bind_pointer(decode, "lse", &DecodeParams::lse);
   bind_pointer(decode, "partial_out", &DecodeParams::partial_out);
-  bind_pointer(decode, "partial_lse", &DecodeParams::partial_lse);
+  bind_pointer(decode, "partial_sums", &DecodeParams::partial_sums);
   bind_pointer(decode, "schedule_is_broken", &DecodeParams::schedule_is_broken);
 
   nb::class_<DenseDecodeParams, DecodeParams> dense(raw, "DenseDecodeParams");

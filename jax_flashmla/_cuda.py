@@ -177,13 +177,25 @@ def sparse_decode_declines(
     return _declined_sizes(*(operands[name] for name in names))
 
 
+def workspace_shapes(
+    slots: int, *, slices: int, rows: int, head_dim_v: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the values and the sums of partial results; see csrc/common/partial.h.
+
+    ``rows`` are those of a request, which fall into ``slices`` that share no keys: KV heads or, if
+    they choose their keys, query tokens.
+    """
+    leading = (slots, slices, -(-(rows // max(slices, 1)) // 16))
+    return (*leading, 16 * head_dim_v), (*leading, 2 * 16)
+
+
 def _call_decode(
     target: str,
     arrays: Sequence[jax.Array],
     *,
     q: jax.Array,
     head_dim_v: int,
-    h_kv: int,
+    slices: int,
     num_parts: int,
     capacity: int,
     softmax_scale: float,
@@ -198,19 +210,18 @@ def _call_decode(
     ``capacity`` is the most tokens of a request, those of each run filled up to whole blocks.
     """
     b, s_q, h_q, _ = q.shape
-    rows = s_q * h_q // h_kv
     if batch_invariant:
         slots = b * max_invariant_splits(capacity)
     else:
         # A part begins and ends inside a request at most once each; one part cuts nothing.
         slots = 2 * num_parts if num_parts > 1 else 0
+    partial = workspace_shapes(slots, slices=slices, rows=s_q * h_q, head_dim_v=head_dim_v)
     call = jax.ffi.ffi_call(
         target,
         (
             jax.ShapeDtypeStruct((b, s_q, h_q, head_dim_v), q.dtype),
             jax.ShapeDtypeStruct((b, h_q, s_q), jnp.float32),
-            jax.ShapeDtypeStruct((slots, h_kv, rows, head_dim_v), jnp.float32),
-            jax.ShapeDtypeStruct((slots, h_kv, rows), jnp.float32),
+            *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in partial),
             jax.ShapeDtypeStruct((1,), jnp.int32),
         ),
     )
@@ -267,7 +278,7 @@ def dense_decode(
         ),
         q=q,
         head_dim_v=head_dim_v,
-        h_kv=h_kv,
+        slices=h_kv,
         num_parts=schedule.shape[0],
         capacity=block_table.shape[1] * page_size,
         softmax_scale=softmax_scale,
@@ -335,7 +346,7 @@ def sparse_decode(
         ),
         q=q,
         head_dim_v=head_dim_v,
-        h_kv=1,
+        slices=s_q,
         num_parts=schedule.shape[0],
         capacity=selected_capacity(topk, extra_topk),
         softmax_scale=softmax_scale,

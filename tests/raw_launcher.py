@@ -112,7 +112,6 @@ def dense_decode_params(
     p.causal = causal
     p.cache_format = _cuda.FORMAT_CODES[cache_format]
     p.set_run(0, cache_seqlens, table_width * page_size)
-    p.longer_is_nan = True
     p.k_cache, p.block_table = addresses.pop("k_cache"), addresses.pop("block_table")
     _set_common(
         p,
@@ -120,6 +119,7 @@ def dense_decode_params(
         s_q=s_q,
         h_q=h_q,
         h_kv=h_kv,
+        sparse=False,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         num_parts=num_parts,
@@ -172,7 +172,6 @@ def sparse_decode_params(
     p.cache_format = _cuda.FORMAT_CODES[cache_format]
     p.set_run(0, topk_length, topk)
     p.set_run(1, extra_topk_length, extra_topk)
-    p.longer_is_nan = False
     p.set_source(0, k_cache, indices, num_pages, page_size, topk)
     p.set_source(1, extra_k_cache, extra_indices, extra_num_pages, extra_page_size, extra_topk)
     _set_common(
@@ -181,6 +180,7 @@ def sparse_decode_params(
         s_q=s_q,
         h_q=h_q,
         h_kv=1,
+        sparse=True,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         num_parts=num_parts,
@@ -203,6 +203,7 @@ def _set_common(
     s_q: int,
     h_q: int,
     h_kv: int,
+    sparse: bool,
     head_dim: int,
     head_dim_v: int,
     num_parts: int,
@@ -217,6 +218,7 @@ def _set_common(
 ) -> None:
     """Sets what all decode operations have in common; ``capacity`` as in ``_cuda``."""
     p.batch, p.seq_q, p.heads_q, p.heads_kv = b, s_q, h_q, h_kv
+    p.sparse, p.slices = sparse, s_q if sparse else h_kv
     p.head_dim, p.head_dim_v = head_dim, head_dim_v
     p.num_parts, p.num_slots = num_parts, num_slots
     p.slots_per_request = _cuda.max_invariant_splits(capacity)
@@ -224,7 +226,7 @@ def _set_common(
     p.batch_invariant, p.sink_per_request = batch_invariant, sink_per_request
     p.fp8_matmul = fp8_matmul
     expected = {"q", "schedule", "attn_sink", "out", "lse"}
-    expected |= {"partial_out", "partial_lse", "schedule_is_broken"}
+    expected |= {"partial_out", "partial_sums", "schedule_is_broken"}
     assert set(addresses) == expected, f"addresses of {sorted(expected ^ set(addresses))}"
     for name, address in addresses.items():
         setattr(p, name, address)
@@ -295,10 +297,9 @@ class _RawDecode:
     params: Any
     schedule_params: Any
 
-    def _allocate(self, *, h_kv: int, row_tiles: int, capacity: int) -> dict[str, Any]:
+    def _allocate(self, *, slices: int, row_tiles: int, capacity: int) -> dict[str, Any]:
         """Allocates results, workspace and schedule; returns their sizes and addresses."""
         b, s_q, h_q, d = self.q.shape
-        rows = s_q * h_q // h_kv
         self._plans = self.schedule is None
         if self.schedule is not None:
             parts = self.schedule.shape[0]
@@ -310,8 +311,12 @@ class _RawDecode:
         # Poisoned: every element must be written, and no workspace may be read before it is.
         self.out = _filled((b, s_q, h_q, self.head_dim_v), self.q.dtype, np.nan)
         self.lse = _filled((b, h_q, s_q), np.float32, np.nan)
-        self.partial_out = _filled((slots, h_kv, rows, self.head_dim_v), np.float32, np.nan)
-        self.partial_lse = _filled((slots, h_kv, rows), np.float32, np.nan)
+        self.partial_out, self.partial_sums = (
+            _filled(shape, np.float32, np.nan)
+            for shape in _cuda.workspace_shapes(
+                slots, slices=slices, rows=s_q * h_q, head_dim_v=self.head_dim_v
+            )
+        )
         self.status = _filled((1,), np.int32, -1)
         self.num_splits = _filled((b + 1,), np.int32, -1)
         wait_for(*(x for x in vars(self).values() if isinstance(x, jax.Array)))
@@ -333,7 +338,7 @@ class _RawDecode:
             "out": address_of(self.out),
             "lse": address_of(self.lse),
             "partial_out": address_of(self.partial_out),
-            "partial_lse": address_of(self.partial_lse),
+            "partial_sums": address_of(self.partial_sums),
             "schedule_is_broken": address_of(self.status),
         }
 
@@ -392,7 +397,7 @@ class RawDenseDecode(_RawDecode):
         pages, page_size, h_kv, _ = self.k_cache.shape
         width = self.block_table.shape[1]
         row_tiles = _planning.dense_row_tiles(h_kv, s_q * h_q // h_kv)
-        common = self._allocate(h_kv=h_kv, row_tiles=row_tiles, capacity=width * page_size)
+        common = self._allocate(slices=h_kv, row_tiles=row_tiles, capacity=width * page_size)
         self.params = dense_decode_params(
             **common,
             h_kv=h_kv,
@@ -453,7 +458,7 @@ class RawSparseDecode(_RawDecode):
             }
         row_tiles = _planning.sparse_row_tiles(1, h_q, s_q)
         capacity = _cuda.selected_capacity(topk, extra_topk)
-        common = self._allocate(h_kv=1, row_tiles=row_tiles, capacity=capacity)
+        common = self._allocate(slices=s_q, row_tiles=row_tiles, capacity=capacity)
         self.params = sparse_decode_params(
             **common,
             **extra,

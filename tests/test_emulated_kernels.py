@@ -163,16 +163,39 @@ def test_a_schedule_is_a_partition_of_the_work_or_broken(
 UNTOUCHED = 0xABAB
 
 
+def in_slabs(x):
+    """Rows [slots, slices, rows, n] as csrc/common/partial.h has them, filled up with NaN."""
+    slots, slices, rows, n = x.shape
+    filled = np.full((slots, slices, -(-rows // 16) * 16, n), np.nan, np.float32)
+    filled[:, :, :rows] = x
+    if n == 2:  # maximum and sum
+        x = filled.reshape(slots, slices, -1, 2, 8, 2).swapaxes(3, 4)
+    else:  # values
+        x = filled.reshape(slots, slices, -1, 2, 8, n // 8, 4, 2).transpose(0, 1, 2, 5, 4, 6, 3, 7)
+    return np.ascontiguousarray(x.reshape(slots, slices, -1, 16 * n))
+
+
 class Merge:
     """Random pieces of requests: ``pieces[r]`` of request r, each in a part of its own."""
 
     def __init__(
-        self, pieces, parts, h_q, h_kv=1, s_q=1, dv=512, sink=False, seed=0, batch_invariant=False
+        self,
+        pieces,
+        parts,
+        h_q,
+        h_kv=1,
+        s_q=1,
+        dv=512,
+        sink=False,
+        seed=0,
+        batch_invariant=False,
+        sparse=False,
     ):
         self.pieces, self.parts, self.h_q, self.h_kv, self.s_q = pieces, parts, h_q, h_kv, s_q
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self.sparse = batch_invariant, sparse
         self.num_slots = 16 * len(pieces) if batch_invariant else 2 * parts
-        b, rows, rng = len(pieces), s_q * h_q // h_kv, np.random.default_rng(seed)
+        slices = s_q if sparse else h_kv
+        b, rows, rng = len(pieces), s_q * h_q // slices, np.random.default_rng(seed)
         begins = [(r, 3 * k) for r, count in enumerate(pieces) for k in range(count)]
         assert len(begins) <= parts
         begins += [(b, 0)] * (parts + 1 - len(begins))
@@ -182,16 +205,19 @@ class Merge:
             # Batch-invariant pieces have four blocks.
             "lengths": np.int32([4 * 64 * count for count in pieces]),
             "attn_sink": rng.normal(size=h_q).astype(np.float32) if sink else None,
-            "partial_out": rng.normal(size=(self.num_slots, h_kv, rows, dv)).astype(np.float32),
-            "partial_lse": rng.normal(0, 5, (self.num_slots, h_kv, rows)).astype(np.float32),
             "schedule_is_broken": np.zeros(1, np.int32),
             "out": np.full((b, s_q, h_q, dv), UNTOUCHED, np.uint16),
             "lse": np.full((b, h_q, s_q), -777, np.float32),
         }
+        shape = (self.num_slots, slices, rows)
+        self.values = rng.normal(size=(*shape, dv)).astype(np.float32)
+        self.max = rng.normal(0, 5, shape).astype(np.float32)
+        self.sum = np.exp(rng.normal(0, 2, shape)).astype(np.float32)
         # Pieces without a token leave their output as it was.
-        empty = rng.random((self.num_slots, h_kv, rows)) < 0.1
-        self.arrays["partial_lse"][empty] = -np.inf
-        self.arrays["partial_out"][empty] = np.nan
+        empty = rng.random(shape) < 0.1
+        self.max[empty], self.sum[empty], self.values[empty] = -np.inf, 0, np.nan
+        self.arrays["partial_out"] = in_slabs(self.values)
+        self.arrays["partial_sums"] = in_slabs(np.stack([self.max, self.sum], axis=-1))
 
     def run(self, emulator):
         b, s_q, h_q, dv = self.arrays["out"].shape
@@ -206,6 +232,7 @@ class Merge:
             num_parts=self.parts,
             num_slots=self.num_slots,
             batch_invariant=self.batch_invariant,
+            sparse=self.sparse,
             capacity=CAPACITY,
             is_fp16=True,
         )
@@ -220,38 +247,46 @@ class Merge:
         return 2 * parts + (parts == first)
 
     def expected(self, request):
-        """out [h_kv, rows, dv] and lse [h_kv, rows] in float64."""
-        lse = self.arrays["partial_lse"][self.slots(request)].astype(np.float64)
-        out = self.arrays["partial_out"][self.slots(request)].astype(np.float64)
+        """out [slices, rows, dv] and lse [slices, rows] in float64."""
+        slots = self.slots(request)
+        maximum, row_sum = self.max[slots].astype(np.float64), self.sum[slots].astype(np.float64)
+        with np.errstate(divide="ignore"):
+            lse = maximum + np.log2(row_sum)
         total = np.logaddexp2.reduce(lse)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore"):
             weights = np.where(lse == -np.inf, 0, np.exp2(lse - total))
+            out = self.values[slots].astype(np.float64) / row_sum[..., None]
         merged = np.where(weights[..., None] == 0, 0, weights[..., None] * out).sum(axis=0)
         natural = np.where(total == -np.inf, np.inf, total * np.log(2))
         if self.arrays["attn_sink"] is not None:
-            sink = self.arrays["attn_sink"].astype(np.float64).reshape(self.h_kv, -1)
-            sink = np.tile(sink, (1, self.s_q))  # rows are query tokens x heads
+            sink = self.arrays["attn_sink"].astype(np.float64)
+            if not self.sparse:
+                sink = np.tile(sink.reshape(self.h_kv, -1), (1, self.s_q))  # query tokens x heads
             with np.errstate(over="ignore"):
                 merged /= 1 + np.exp(sink - natural)[..., None]
         return merged, natural
 
     def by_rows(self, x, request):
-        """A result of a request as [h_kv, rows, ...]."""
+        """A result of a request as [slices, rows, ...]."""
         x = x[request]  # [s_q, h_q, dv] or, lse, [h_q, s_q]
         x = x.T if x.ndim == 2 else x
+        if self.sparse:
+            return x
         x = x.reshape(self.s_q, self.h_kv, -1, *x.shape[2:]).swapaxes(0, 1)
         return x.reshape(self.h_kv, -1, *x.shape[3:])
 
 
 MERGES = {
-    "by columns, more than 32 pieces": Merge([132], 132, 2),
-    "by columns, 33 pieces": Merge([33], 40, 3, sink=True),
-    "by columns, KV heads": Merge([32], 64, 2, h_kv=2, s_q=2, sink=True),
-    "by columns, 256": Merge([17], 20, 3, dv=256),
-    "many rows, more than 32 pieces": Merge([36], 40, 65, dv=256, sink=True),
-    "4 warps a row": Merge([7, 1, 8], 24, 3),
-    "2 warps a row": Merge([3, 4, 1, 2], 14, 5, dv=256, sink=True),
-    "a warp a row": Merge([1, 2, 1, 2, 3], 9, 9, h_kv=3),
+    "8 warps, a tile each": Merge([132], 132, 2),
+    "8 warps, a tile each, KV heads": Merge([33], 40, 34, h_kv=2, sink=True),
+    "8 warps, a tile each, sparse": Merge([12], 13, 5, s_q=2, sink=True, sparse=True),
+    "8 warps, a tile each, 256": Merge([17], 20, 3, dv=256),
+    "8 warps, 2 tiles each": Merge([13], 20, 70, dv=256, sink=True),
+    "8 warps, 4 tiles each": Merge([36], 40, 129, dv=256, sink=True),
+    "4 warps": Merge([7, 1, 8], 24, 3),
+    "2 warps": Merge([3, 4, 1, 2], 14, 5, dv=256, sink=True),
+    "a warp": Merge([1, 2, 1, 2, 3], 9, 9, h_kv=3),
+    "a warp, sparse": Merge([2, 1, 3], 6, 17, s_q=2, sink=True, sparse=True),
     "batch-invariant": Merge([16, 1, 3], 20, 3, sink=True, batch_invariant=True),
     "by parts": Merge([1, 1, 0, 1, 2, 1, 0, 1, 1, 0, 0, 1], 9, 2),
 }
@@ -273,7 +308,7 @@ def test_merge_is_the_weighted_sum_of_pieces(emulator, name):
 
 @only_memory
 @pytest.mark.parametrize(
-    "name", ["by columns, 33 pieces", "4 warps a row", "batch-invariant", "by parts"]
+    "name", ["8 warps, a tile each, 256", "4 warps", "batch-invariant", "by parts"]
 )
 @pytest.mark.parametrize("seed", range(6))
 def test_nothing_is_merged_by_a_broken_schedule(emulator, name, seed):

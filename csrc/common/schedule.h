@@ -6,6 +6,7 @@
 // schedule made for other lengths is still a partition of the work, only a less balanced one.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -57,6 +58,25 @@ struct Row {
 static_assert(sizeof(Row) == 32);
 
 FLASHMLA_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The largest n with 2^n <= x, which is positive.
+FLASHMLA_HOST_DEVICE int floor_log2(int x) {
+#if defined(__CUDA_ARCH__)
+  return 31 - __clz(x);
+#else
+  return static_cast<int>(std::bit_width(static_cast<unsigned>(x))) - 1;
+#endif
+}
+
+// Blocks of the smallest even pieces that are worth merging, of `blocks` of all requests: the
+// largest power of two whose square is no more than what the pieces have to merge, in blocks' time,
+// if they have a block each.
+FLASHMLA_HOST_DEVICE int least_even_piece(int blocks, int row_tiles) {
+  // Below 2^30. With more blocks pieces are larger in any case.
+  const int most_blocks = blocks < 1 << 24 ? blocks : 1 << 24;
+  const int merged = most_blocks * (row_tiles < 32 ? row_tiles : 32) / kMergedTilesPerBlock;
+  return merged > 0 ? 1 << floor_log2(merged) / 2 : 1;
+}
 
 // Number of blocks of a request of `length` tokens; negative lengths count as 0. Written without
 // length + 63, which could overflow.

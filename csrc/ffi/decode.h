@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/fp8_formats.h"
+#include "common/partial.h"
 #include "common/schedule.h"
 #include "ffi/check.h"
 
@@ -15,14 +16,14 @@ struct DecodeBuffers {
   xla::ffi::Result<xla::ffi::AnyBuffer>& out;
   xla::ffi::Result<xla::ffi::Buffer<xla::ffi::F32>>& lse;
   xla::ffi::Result<xla::ffi::Buffer<xla::ffi::F32>>& partial_out;
-  xla::ffi::Result<xla::ffi::Buffer<xla::ffi::F32>>& partial_lse;
+  xla::ffi::Result<xla::ffi::Buffer<xla::ffi::F32>>& partial_sums;
   xla::ffi::Result<xla::ffi::Buffer<xla::ffi::S32>>& status;
 };
 
 inline std::string describe(const DecodeBuffers& x) {
   return describe("q", x.q) + describe("schedule", x.schedule) +
          describe("attn_sink", x.attn_sink) + describe("out", *x.out) + describe("lse", *x.lse) +
-         describe("partial_out", *x.partial_out) + describe("partial_lse", *x.partial_lse) +
+         describe("partial_out", *x.partial_out) + describe("partial_sums", *x.partial_sums) +
          describe("status", *x.status);
 }
 
@@ -87,18 +88,18 @@ xla::ffi::Error read_cache(const char* op, const xla::ffi::AnyBuffer& cache, int
 // `capacity` tokens, those of each run filled up to whole blocks. No dimension of out may be 0.
 template <typename Shapes>
 xla::ffi::Error fill_decode_params(const char* op, const DecodeBuffers& x, int heads_kv,
-                                   int64_t capacity, float softmax_scale, bool batch_invariant,
-                                   const Shapes& shapes, DecodeParams* p) {
+                                   bool sparse, int64_t capacity, float softmax_scale,
+                                   bool batch_invariant, const Shapes& shapes, DecodeParams* p) {
   const auto q_dims = x.q.dimensions();
   const auto out_dims = x.out->dimensions();
   const auto lse_dims = x.lse->dimensions();
   const auto schedule_dims = x.schedule.dimensions();
   const auto sink_dims = x.attn_sink.dimensions();
   const auto partial_dims = x.partial_out->dimensions();
-  const auto partial_lse_dims = x.partial_lse->dimensions();
+  const auto sums_dims = x.partial_sums->dimensions();
   FLASHMLA_CHECK(op, q_dims.size() == 4 && out_dims.size() == 4 && lse_dims.size() == 3, shapes);
   FLASHMLA_CHECK(op, schedule_dims.size() == 2 && schedule_dims[1] == 8, shapes);
-  FLASHMLA_CHECK(op, partial_dims.size() == 4 && partial_lse_dims.size() == 3, shapes);
+  FLASHMLA_CHECK(op, partial_dims.size() == 4 && sums_dims.size() == 4, shapes);
   FLASHMLA_CHECK(op, all_fit_int32(q_dims) && all_fit_int32(out_dims), shapes);
   FLASHMLA_CHECK(op, all_fit_int32(schedule_dims) && all_fit_int32(partial_dims), shapes);
 
@@ -119,10 +120,13 @@ xla::ffi::Error fill_decode_params(const char* op, const DecodeBuffers& x, int h
 
   const int64_t rows = int64_t{p->seq_q} * (p->heads_q / heads_kv);
   FLASHMLA_CHECK(op, rows * heads_kv <= INT32_MAX, shapes);
-  FLASHMLA_CHECK(op, partial_dims[1] == heads_kv && partial_dims[2] == rows, shapes);
-  FLASHMLA_CHECK(op, partial_dims[3] == p->head_dim_v, shapes);
-  FLASHMLA_CHECK(op, partial_lse_dims[0] == p->num_slots, shapes);
-  FLASHMLA_CHECK(op, partial_lse_dims[1] == heads_kv && partial_lse_dims[2] == rows, shapes);
+  p->sparse = sparse;
+  p->slices = sparse ? p->seq_q : heads_kv;
+  const int slabs = partial::slabs_of_slice(partial::rows_of_slice(*p));
+  FLASHMLA_CHECK(op, partial_dims[1] == p->slices && partial_dims[2] == slabs, shapes);
+  FLASHMLA_CHECK(op, partial_dims[3] == partial::values(p->head_dim_v), shapes);
+  FLASHMLA_CHECK(op, sums_dims[0] == p->num_slots && sums_dims[1] == p->slices, shapes);
+  FLASHMLA_CHECK(op, sums_dims[2] == slabs && sums_dims[3] == partial::kSums, shapes);
   FLASHMLA_CHECK(op, x.status->element_count() == 1, shapes);
   // The slots follow from the schedule and must be there, or pieces would be written past the end.
   if (batch_invariant) {
@@ -158,7 +162,7 @@ xla::ffi::Error fill_decode_params(const char* op, const DecodeBuffers& x, int h
   p->out = x.out->untyped_data();
   p->lse = x.lse->typed_data();
   p->partial_out = x.partial_out->typed_data();
-  p->partial_lse = x.partial_lse->typed_data();
+  p->partial_sums = x.partial_sums->typed_data();
   p->schedule_is_broken = x.status->typed_data();
   return xla::ffi::Error::Success();
 }

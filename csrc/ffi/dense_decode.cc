@@ -13,11 +13,11 @@ ffi::Error dense_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_
                         ffi::Buffer<ffi::S32> schedule, ffi::Buffer<ffi::F32> attn_sink,
                         ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::F32>> lse,
                         ffi::Result<ffi::Buffer<ffi::F32>> partial_out,
-                        ffi::Result<ffi::Buffer<ffi::F32>> partial_lse,
+                        ffi::Result<ffi::Buffer<ffi::F32>> partial_sums,
                         ffi::Result<ffi::Buffer<ffi::S32>> status, float softmax_scale, bool causal,
                         bool batch_invariant, bool fp8_matmul, int32_t cache_format,
                         int32_t page_size) {
-  const DecodeBuffers common{q, schedule, attn_sink, out, lse, partial_out, partial_lse, status};
+  const DecodeBuffers common{q, schedule, attn_sink, out, lse, partial_out, partial_sums, status};
   const auto shapes = [&] {
     return describe(common) + describe("k_cache", k_cache) + describe("block_table", block_table) +
            describe("cache_seqlens", cache_seqlens) + " page_size " + std::to_string(page_size);
@@ -32,8 +32,9 @@ ffi::Error dense_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_
   FLASHMLA_CHECK(kOp, all_fit_int32(table_dims), shapes);
   const int64_t capacity = table_dims[1] * page_size;
   DenseDecodeParams p{};
-  FLASHMLA_RETURN_IF_FAILURE(fill_decode_params(kOp, common, cache.heads_kv, capacity,
-                                                softmax_scale, batch_invariant, shapes, &p));
+  FLASHMLA_RETURN_IF_FAILURE(fill_decode_params(kOp, common, cache.heads_kv, /*sparse=*/false,
+                                                capacity, softmax_scale, batch_invariant, shapes,
+                                                &p));
   FLASHMLA_CHECK(kOp, table_dims[0] == p.batch && lengths_dims[0] == p.batch, shapes);
   p.format = static_cast<CacheFormat>(cache_format);
   FLASHMLA_CHECK(kOp, p.format == CacheFormat::kPlain || p.format == CacheFormat::kFp8V32, shapes);
@@ -41,7 +42,6 @@ ffi::Error dense_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_
   p.fp8_matmul = fp8_matmul;
 
   p.runs[0] = {cache_seqlens.typed_data(), capacity};
-  p.longer_is_nan = true;
   p.num_pages = cache.num_pages;
   p.page_size = page_size;
   p.table_width = static_cast<int>(table_dims[1]);

@@ -40,11 +40,11 @@ ffi::Error sparse_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k
                          ffi::Buffer<ffi::S32> extra_topk_length, ffi::Buffer<ffi::S32> schedule,
                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::F32>> lse,
                          ffi::Result<ffi::Buffer<ffi::F32>> partial_out,
-                         ffi::Result<ffi::Buffer<ffi::F32>> partial_lse,
+                         ffi::Result<ffi::Buffer<ffi::F32>> partial_sums,
                          ffi::Result<ffi::Buffer<ffi::S32>> status, float softmax_scale,
                          bool batch_invariant, bool fp8_matmul, int32_t cache_format,
                          int32_t page_size, int32_t extra_page_size) {
-  const DecodeBuffers common{q, schedule, attn_sink, out, lse, partial_out, partial_lse, status};
+  const DecodeBuffers common{q, schedule, attn_sink, out, lse, partial_out, partial_sums, status};
   const auto shapes = [&] {
     return describe(common) + describe("k_cache", k_cache) + describe("indices", indices) +
            describe("topk_length", topk_length) + describe("extra_k_cache", extra_k_cache) +
@@ -66,9 +66,8 @@ ffi::Error sparse_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k
   } else {
     p.sources[1].page_size = 1;  // nothing is to be divided by 0
   }
-  p.longer_is_nan = false;
-  FLASHMLA_RETURN_IF_FAILURE(
-      fill_decode_params(kOp, common, 1, capacity, softmax_scale, batch_invariant, shapes, &p));
+  FLASHMLA_RETURN_IF_FAILURE(fill_decode_params(kOp, common, 1, /*sparse=*/true, capacity,
+                                                softmax_scale, batch_invariant, shapes, &p));
   FLASHMLA_CHECK(kOp, !fp8_matmul || p.format == CacheFormat::kFp8V32, shapes);
   p.fp8_matmul = fp8_matmul;
 

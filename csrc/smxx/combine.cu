@@ -1,7 +1,10 @@
-// Merges the pieces of requests that the schedule cut: out = sum_i w_i out_i with
-// w_i = 2^(lse_i - lse), lse = log2 sum_i 2^lse_i, in ascending order of the pieces.
+// Merges the pieces of requests that the schedule cut. Of each piece i and row there are the
+// maximum m_i of the scores, the sum s_i of the weights 2^(score - m_i), and the values with these
+// weights. With m the largest of m_i all of them are added with the factors 2^(m_i - m), in a fixed
+// order; out is the sum of values over that of weights.
 //
-// A CTA takes some rows of one request. It reads from the schedule itself which parts hold the
+// A CTA takes some columns of 16 rows of a request: a slab of common/partial.h, whose lanes it
+// reads as the attention kernel wrote them. It reads from the schedule itself which parts hold the
 // request, so there is no second array that could disagree with the first.
 //
 // The kernel is launched while the attention kernel still runs, finds its work, and waits. The
@@ -12,7 +15,9 @@
 #include <cuda_fp16.h>
 
 #include "common/dependent_launch.cuh"
+#include "common/partial.h"
 #include "common/ptx.cuh"
+#include "common/quad.cuh"
 #include "common/schedule.cuh"
 #include "launch.h"
 
@@ -21,6 +26,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
+constexpr int kTileRows = 64;  // of the attention kernels
 
 // The slots of a request: count pieces; piece i is in slot first for i = 0, else rest + i * step.
 struct Slots {
@@ -88,97 +94,123 @@ __device__ Slots find_slots_of_request(const DecodeParams& p, int request) {
 
 __device__ Slots invariant_slots(const DecodeParams& p, int request) {
   schedule::Piece piece;
-  const int blocks = p.longer_is_nan ? schedule::SequenceLengths(p).read(request, piece)
-                                     : schedule::ChoiceLengths(p).read(request, piece);
+  const int blocks = p.sparse ? schedule::ChoiceLengths(p).read(request, piece)
+                              : schedule::SequenceLengths(p).read(request, piece);
   const int splits = schedule::ceil_div(blocks, schedule::invariant_split_blocks(blocks));
   const int64_t first = static_cast<int64_t>(request) * p.slots_per_request;
   return {splits, first, first, 1};
 }
 
-// How the work of a merge is shared. With few rows of many pieces, several CTAs share a row by
-// columns too, so that the values of all pieces are on their way at once. With many rows that costs
-// more than it saves, since every CTA has to find its pieces.
-template <int kDimV, int kWarpsPerRow, bool kByColumns>
+// How the work of a merge is shared: so many warps take turns with the pieces of a slab, each for
+// so many tiles of 8 columns.
+template <int kDimV, int kWarpsPerSlab, int kTiles>
 struct Sharing {
-  static constexpr int kRowsPerCta = kWarps / kWarpsPerRow;
-  static constexpr int kRowVectors = kDimV / 4;
-  static constexpr int kColumnGroups = kByColumns ? kRowVectors / 32 : 1;
-  static constexpr int kVectors = kRowVectors / 32 / kColumnGroups;  // float4 of a lane
-  static constexpr int kBatch = 8 / kVectors;  // pieces whose values are loaded at once
+  static constexpr int kTilesOfCta = kWarps / kWarpsPerSlab * kTiles;
+  static constexpr int kColumnGroups = kDimV / partial::kTileColumns / kTilesOfCta;
+  static_assert(kColumnGroups * kTilesOfCta * partial::kTileColumns == kDimV);
+  static constexpr int kAtOnce = 8 / kTiles;  // pieces whose values are loaded at once
 };
 
-// Sum of the pieces [begin, end) of one row, in ascending order and each weighted with
-// 2^(its lse - offset). A lane holds columns 4 * (32 * v + lane) + {0..3}.
-template <int kVectors, int kBatch>
-class WeightedSum {
- public:
-  // Starts to load the first pieces: they need not wait for the weights.
-  template <typename PieceOf>
-  __device__ __forceinline__ WeightedSum(const PieceOf& piece_of, int begin, int end)
-      : begin_(begin), end_(end) {
-    load(piece_of, begin);
-  }
+// Of each of a lane's two rows (r and r + 8) the maximum, the sum of the weights, and the weighted
+// values of some tiles.
+template <int kTiles>
+struct Weighted {
+  float4 sums = {-INFINITY, 0.f, -INFINITY, 0.f};  // maximum and sum of row r, of row r + 8
+  float4 values[kTiles];                           // two columns of row r, of row r + 8
+};
 
-  template <typename PieceOf, typename LseOf>
-  __device__ __forceinline__ void run(const PieceOf& piece_of, const LseOf& lse_of, float offset,
-                                      float4 (&out)[kVectors]) {
-    const int lane = threadIdx.x % 32;
-    for (int base = begin_; base < end_; base += 32) {
-      const float known = lse_of(base + lane);  // by all lanes, since it may be a shuffle
-      const float lse = base + lane < end_ ? known : -INFINITY;
-      const float weight = exp2f(lse - offset);
-      const int count = min(32, end_ - base);
-      for (int first = 0; first < count; first += kBatch) {
-        if (base + first > begin_) load(piece_of, base + first);
+// Whose weights are 0 whatever the maximum: those of a row without scores, and infinitely small
+// ones.
+__device__ __forceinline__ float weight_of(float max, float largest) {
+  return exp2f(max - (largest == -INFINITY ? 0.f : largest));
+}
+
+// Adds `count` of them, in order, to `total`.
+template <int kTiles, int kCount>
+__device__ __forceinline__ void add(const Weighted<kTiles> (&pieces)[kCount],
+                                    Weighted<kTiles>& total) {
+  float top = total.sums.x;
+  float bottom = total.sums.z;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          // Past the last piece, and an empty piece, which left its output unwritten.
-          if (__shfl_sync(0xffffffff, lse, first + i & 31) == -INFINITY || first + i >= count)
-            continue;
-          const float piece_weight = __shfl_sync(0xffffffff, weight, first + i & 31);
+  for (int i = 0; i < kCount; ++i) {
+    top = fmaxf(top, pieces[i].sums.x);
+    bottom = fmaxf(bottom, pieces[i].sums.z);
+  }
+  const float old_top = weight_of(total.sums.x, top);
+  const float old_bottom = weight_of(total.sums.z, bottom);
+  total.sums = {top, total.sums.y * old_top, bottom, total.sums.w * old_bottom};
 #pragma unroll
-          for (int v = 0; v < kVectors; ++v) {
-            const float4 x = x_[i][v];
-            out[v].x += piece_weight * x.x;
-            out[v].y += piece_weight * x.y;
-            out[v].z += piece_weight * x.z;
-            out[v].w += piece_weight * x.w;
-          }
-        }
+  for (int v = 0; v < kTiles; ++v) {
+    float4& out = total.values[v];
+    out = {out.x * old_top, out.y * old_top, out.z * old_bottom, out.w * old_bottom};
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const Weighted<kTiles>& piece = pieces[i];
+    const float top_weight = weight_of(piece.sums.x, top);
+    const float bottom_weight = weight_of(piece.sums.z, bottom);
+    total.sums.y += top_weight * piece.sums.y;
+    total.sums.w += bottom_weight * piece.sums.w;
+    // Values with weight 0 may be unwritten, hence NaN.
+#pragma unroll
+    for (int v = 0; v < kTiles; ++v) {
+      const float4& x = piece.values[v];
+      float4& out = total.values[v];
+      if (top_weight != 0.f) {
+        out.x += top_weight * x.x;
+        out.y += top_weight * x.y;
+      }
+      if (bottom_weight != 0.f) {
+        out.z += bottom_weight * x.z;
+        out.w += bottom_weight * x.w;
       }
     }
   }
+}
 
- private:
-  template <typename PieceOf>
-  __device__ __forceinline__ void load(const PieceOf& piece_of, int first) {
+// Adds those that load(i) gives for `begin` to `end` - 1, kAtOnce of them on their way at once.
+template <int kAtOnce, int kTiles, typename Load>
+__device__ __forceinline__ void add_all(int begin, int end, const Load& load,
+                                        Weighted<kTiles>& total) {
+#pragma unroll 1
+  for (int first = begin; first < end; first += kAtOnce) {
+    Weighted<kTiles> pieces[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + i >= end_) break;
-      const float4* piece = piece_of(first + i);
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) x_[i][v] = __ldcs(piece + v * 32 + threadIdx.x % 32);
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < end) load(first + i, pieces[i]);
     }
+    add(pieces, total);
   }
+}
 
-  int begin_;
-  int end_;
-  float4 x_[kBatch][kVectors];
+struct Result {
+  float lse;     // natural logarithm
+  float factor;  // of the weighted values
 };
 
-// Grid: (requests or parts) x groups of rows x groups of columns, flattened on x. The warps of a
-// row share its pieces: consecutive runs, added up in ascending order.
-template <typename T, int kDimV, int kWarpsPerRow, bool kByColumns>
+__device__ __forceinline__ Result result_of(const DecodeParams& p, int request, int head, float max,
+                                            float sum) {
+  constexpr float kLn2 = 0.6931471805599453f;
+  const bool empty = sum == 0.f;
+  Result result = {empty ? INFINITY : (max + log2f(sum)) * kLn2, empty ? 0.f : 1.f / sum};
+  if (p.attn_sink != nullptr && !empty) {
+    const int64_t base = p.sink_per_request ? static_cast<int64_t>(request) * p.heads_q : 0;
+    result.factor /= 1.f + expf(p.attn_sink[base + head] - result.lse);
+  }
+  return result;
+}
+
+// Grid: (requests or parts) x slabs of a request x groups of columns, flattened on x.
+template <typename T, int kDimV, int kWarpsPerSlab, int kTiles>
 __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spills for more CTAs
-    combine_kernel(const DecodeParams p, int rows, int row_groups) {
-  using S = Sharing<kDimV, kWarpsPerRow, kByColumns>;
-  constexpr int kVectors = S::kVectors;
+    combine_kernel(const DecodeParams p, int rows, int slabs) {
+  using S = Sharing<kDimV, kWarpsPerSlab, kTiles>;
   ptx::grid_dependency_launch();
   const int column_group = blockIdx.x % S::kColumnGroups;
-  const int flat_group = blockIdx.x / S::kColumnGroups;
-  const int row_group = flat_group % row_groups;
-  const int group = p.heads_q / p.heads_kv;
-  int request = flat_group / row_groups;
+  const int flat_slab = blockIdx.x / S::kColumnGroups;
+  const int slabs_of_request = slabs * p.slices;
+  const int slab = flat_slab % slabs_of_request;  // over slices x slabs
+  int request = flat_slab / slabs_of_request;
   const Slots slots = p.batch_invariant     ? invariant_slots(p, request)
                       : merge_by_request(p) ? find_slots_of_request(p, request)
                                             : find_slots_of_part(p, request, &request);
@@ -188,113 +220,133 @@ __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spill
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int chunk = warp % kWarpsPerRow;
-  const int flat_row = row_group * S::kRowsPerCta + warp / kWarpsPerRow;  // over KV heads x rows
-  const bool valid = flat_row < p.heads_kv * rows;
-  const int kv_head = valid ? flat_row / rows : 0;
-  const int row = valid ? flat_row % rows : 0;
-  const auto slot_row = [&](int piece) {
-    return (slots[piece] * p.heads_kv + kv_head) * rows + row;
-  };
-  const int first_vector = column_group * kVectors * 32;
-  const auto piece_of = [&](int piece) {
-    return reinterpret_cast<const float4*>(p.partial_out) + slot_row(piece) * S::kRowVectors +
-           first_vector;
-  };
-  // Asked for before the values, or it would come after them.
-  const float first_lse = lane < slots.count ? p.partial_lse[slot_row(lane)] : -INFINITY;
-  const auto lse_of = [&](int piece) {
-    if (slots.count <= 32) return __shfl_sync(0xffffffff, first_lse, piece & 31);
-    return piece < slots.count ? p.partial_lse[slot_row(piece)] : -INFINITY;
-  };
-
-  const int per_chunk = schedule::ceil_div(slots.count, kWarpsPerRow);
-  WeightedSum<kVectors, S::kBatch> pieces(piece_of, chunk * per_chunk,
-                                          min((chunk + 1) * per_chunk, slots.count));
-  float max = first_lse;
-  for (int i = lane + 32; i < slots.count; i += 32) max = fmaxf(max, lse_of(i));
-  for (int step = 16; step > 0; step /= 2) {
-    max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, step));
-  }
-  const float offset = max == -INFINITY ? 0.f : max;
-  float sum = exp2f(first_lse - offset);
-  for (int i = lane + 32; i < slots.count; i += 32) sum += exp2f(lse_of(i) - offset);
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-
-  float4 out[kVectors] = {};
-  pieces.run(piece_of, lse_of, offset, out);
-  if constexpr (kWarpsPerRow > 1) {
-    __shared__ float4 parts[kWarps][kVectors][32];
-    if (chunk > 0) {
+  const int chunk = warp % kWarpsPerSlab;
+  const int first_tile = column_group * S::kTilesOfCta + warp / kWarpsPerSlab * kTiles;
+  const auto load = [&](int piece, Weighted<kTiles>& x) {
+    const int64_t place = slots[piece] * slabs_of_request + slab;
+    x.sums = __ldcs(reinterpret_cast<const float4*>(p.partial_sums) + place * partial::kLines +
+                    lane / 4);
+    const float4* values = reinterpret_cast<const float4*>(p.partial_out) +
+                           place * (partial::values(kDimV) / 4) + first_tile * partial::kLanes +
+                           lane;
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) parts[warp][v][lane] = out[v];
+    for (int v = 0; v < kTiles; ++v) x.values[v] = __ldcs(values + v * partial::kLanes);
+  };
+  const int per_chunk = schedule::ceil_div(slots.count, kWarpsPerSlab);
+  Weighted<kTiles> total;
+#pragma unroll
+  for (int v = 0; v < kTiles; ++v) total.values[v] = {0.f, 0.f, 0.f, 0.f};
+  add_all<S::kAtOnce>(chunk * per_chunk, min((chunk + 1) * per_chunk, slots.count), load, total);
+
+  if constexpr (kWarpsPerSlab > 1) {
+    __shared__ float4 sums_of_warps[kWarps][32];
+    __shared__ float4 values_of_warps[kWarps][kTiles][32];
+    if (chunk > 0) {
+      sums_of_warps[warp][lane] = total.sums;
+#pragma unroll
+      for (int v = 0; v < kTiles; ++v) values_of_warps[warp][v][lane] = total.values[v];
     }
     __syncthreads();
     if (chunk > 0) return;
+    const auto load_of_warp = [&](int other, Weighted<kTiles>& x) {
+      x.sums = sums_of_warps[warp + other][lane];
 #pragma unroll
-    for (int other = 1; other < kWarpsPerRow; ++other) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        const float4 x = parts[warp + other][v][lane];
-        out[v].x += x.x;
-        out[v].y += x.y;
-        out[v].z += x.z;
-        out[v].w += x.w;
-      }
-    }
+      for (int v = 0; v < kTiles; ++v) x.values[v] = values_of_warps[warp + other][v][lane];
+    };
+    add_all<S::kAtOnce>(1, kWarpsPerSlab, load_of_warp, total);
   }
   // A broken schedule: all results are NaN already, and stay so.
-  if (!valid || broken) return;
+  if (broken) return;
 
-  constexpr float kLn2 = 0.6931471805599453f;
-  const bool empty = sum == 0.f;
-  const float lse = empty ? INFINITY : (max + log2f(sum)) * kLn2;
-  const int token = row / group;
-  const int head = kv_head * group + row % group;
-  float factor = empty ? 0.f : 1.f / sum;
-  if (p.attn_sink != nullptr && !empty) {
-    const int64_t base = p.sink_per_request ? static_cast<int64_t>(request) * p.heads_q : 0;
-    factor /= 1.f + expf(p.attn_sink[base + head] - lse);
-  }
-  const int64_t out_row = (static_cast<int64_t>(request) * p.seq_q + token) * p.heads_q + head;
-  uint2* target = static_cast<uint2*>(p.out) + out_row * S::kRowVectors + first_vector;
+  const int group = p.heads_q / p.heads_kv;
+  const int slice = slab / slabs;
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    target[v * 32 + lane] = uint2{ptx::pack<T>(out[v].x * factor, out[v].y * factor),
-                                  ptx::pack<T>(out[v].z * factor, out[v].w * factor)};
-  }
-  if (column_group == 0 && lane == 0) {
-    p.lse[(static_cast<int64_t>(request) * p.heads_q + head) * p.seq_q + token] = lse;
+  for (int h = 0; h < 2; ++h) {
+    const int row = slab % slabs * partial::kSlabRows + lane / 4 + 8 * h;
+    const bool valid = row < rows;
+    const int token = p.sparse ? slice : row / group;
+    const int head = p.sparse ? row : slice * group + row % group;
+    const float max = h == 0 ? total.sums.x : total.sums.z;
+    const float sum = h == 0 ? total.sums.y : total.sums.w;
+    const auto [lse, factor] = result_of(p, request, valid ? head : 0, max, sum);
+    const int64_t out_row = (static_cast<int64_t>(request) * p.seq_q + token) * p.heads_q + head;
+    uint32_t* out = static_cast<uint32_t*>(p.out) + out_row * (kDimV / 2) +
+                    first_tile * (partial::kTileColumns / 2);
+    uint32_t pairs[kTiles];
+#pragma unroll
+    for (int v = 0; v < kTiles; ++v) {
+      const float4& x = total.values[v];
+      pairs[v] = h == 0 ? ptx::pack<T>(x.x * factor, x.y * factor)
+                        : ptx::pack<T>(x.z * factor, x.w * factor);
+    }
+    if constexpr (kTiles % 4 == 0) {
+#pragma unroll
+      for (int v = 0; v < kTiles; v += 4) {
+        uint32_t x[4] = {pairs[v], pairs[v + 1], pairs[v + 2], pairs[v + 3]};
+        transpose_quad(x);
+        if (valid) reinterpret_cast<uint4*>(out)[v + lane % 4] = {x[0], x[1], x[2], x[3]};
+      }
+    } else if (valid) {
+#pragma unroll
+      for (int v = 0; v < kTiles; ++v) out[v * (partial::kTileColumns / 2) + lane % 4] = pairs[v];
+    }
+    if (valid && first_tile == 0 && lane % 4 == 0) {
+      p.lse[(static_cast<int64_t>(request) * p.heads_q + head) * p.seq_q + token] = lse;
+    }
   }
 }
 
-template <typename T, int kDimV, int kWarpsPerRow, bool kByColumns = false>
+int64_t groups_of_ctas(const DecodeParams& p) {
+  return merge_by_request(p) ? p.batch : p.num_parts;
+}
+
+template <typename T, int kDimV, int kWarpsPerSlab, int kTiles>
 Status launch_kernel(const DecodeParams& p, cudaStream_t stream) {
-  using S = Sharing<kDimV, kWarpsPerRow, kByColumns>;
-  const int rows = p.seq_q * p.heads_q / p.heads_kv;
-  const int row_groups = schedule::ceil_div(rows * p.heads_kv, S::kRowsPerCta);
-  const int64_t ctas = static_cast<int64_t>(merge_by_request(p) ? p.batch : p.num_parts) *
-                       row_groups * S::kColumnGroups;
-  return launch_dependent(&combine_kernel<T, kDimV, kWarpsPerRow, kByColumns>,
-                          "grid of the merge kernel", ctas, kThreads, 0, stream, p, rows,
-                          row_groups);
+  const int rows = partial::rows_of_slice(p);
+  const int slabs = partial::slabs_of_slice(rows);
+  const int64_t ctas =
+      groups_of_ctas(p) * slabs * p.slices * Sharing<kDimV, kWarpsPerSlab, kTiles>::kColumnGroups;
+  return launch_dependent(&combine_kernel<T, kDimV, kWarpsPerSlab, kTiles>,
+                          "grid of the merge kernel", ctas, kThreads, 0, stream, p, rows, slabs);
+}
+
+// CTAs that can start at once, while the attention kernel runs if it leaves half of the
+// multiprocessors free, when it ends otherwise. More would start one after the other, which costs
+// 2 us and more.
+int64_t most_ctas(const DecodeParams& p) {
+  constexpr int kMultiprocessors = 132;
+  constexpr int kCtasOfMultiprocessor = 2;
+  const int row_tiles = p.slices * schedule::ceil_div(partial::rows_of_slice(p), kTileRows);
+  int64_t blocks = 0;
+  for (const RunLengths& run : p.runs) {
+    const int64_t most = std::min<int64_t>(std::max<int64_t>(run.most, 0), INT32_MAX);
+    blocks += schedule::blocks_of(static_cast<int>(most));
+  }
+  blocks = std::min<int64_t>(blocks * p.batch, INT32_MAX);
+  const int least = schedule::least_even_piece(static_cast<int>(blocks), row_tiles);
+  const int64_t parts = std::min<int64_t>(blocks / least, p.num_parts);
+  const bool half_is_free = parts * row_tiles <= kMultiprocessors / 2;
+  return kMultiprocessors * kCtasOfMultiprocessor / (half_is_free ? 2 : 1);
 }
 
 template <typename T, int kDimV>
 Status launch(const DecodeParams& p, cudaStream_t stream) {
   // The order of additions, hence the variant, must not depend on the batch here.
-  if (p.batch_invariant) return launch_kernel<T, kDimV, 4>(p, stream);
-  // So many warps that each has a few pieces, whose values are then all on their way at once.
-  const int pieces = p.num_parts / (p.batch > 0 ? p.batch : 1);
-  if (pieces >= 12) {
-    constexpr int kFewRows = 64;
-    const int64_t rows = static_cast<int64_t>(p.batch) * p.seq_q * p.heads_q;
-    return rows <= kFewRows ? launch_kernel<T, kDimV, 8, true>(p, stream)
-                            : launch_kernel<T, kDimV, 8>(p, stream);
+  if (p.batch_invariant) return launch_kernel<T, kDimV, 4, 4>(p, stream);
+  // As many CTAs for a slab as that leaves. Many of them share the pieces, few the columns.
+  const int64_t slabs =
+      groups_of_ctas(p) * p.slices * partial::slabs_of_slice(partial::rows_of_slice(p));
+  constexpr int kTiles = kDimV / partial::kTileColumns;
+  const int64_t ctas = most_ctas(p) / std::max<int64_t>(slabs, 1);
+  if (ctas >= kTiles) return launch_kernel<T, kDimV, 8, 1>(p, stream);
+  if (ctas >= kTiles / 2) return launch_kernel<T, kDimV, 8, 2>(p, stream);
+  if (ctas >= kTiles / 4) return launch_kernel<T, kDimV, 8, 4>(p, stream);
+  if (ctas >= kTiles / 8) return launch_kernel<T, kDimV, 4, 4>(p, stream);
+  if (ctas >= kTiles / 16) return launch_kernel<T, kDimV, 2, 4>(p, stream);
+  if constexpr (kDimV == 512) {
+    if (ctas < kTiles / 32) return launch_kernel<T, kDimV, 1, 8>(p, stream);
   }
-  if (pieces >= 6) return launch_kernel<T, kDimV, 4>(p, stream);
-  if (pieces >= 3) return launch_kernel<T, kDimV, 2>(p, stream);
-  return launch_kernel<T, kDimV, 1>(p, stream);
+  return launch_kernel<T, kDimV, 1, 4>(p, stream);
 }
 
 template <typename T>

@@ -73,14 +73,6 @@ FLASHMLA_HOST_DEVICE int payload_of(int total, int num_parts) {
   return even > schedule::kMinShareBlocks ? even : schedule::kMinShareBlocks;
 }
 
-// Blocks of the smallest even pieces that are worth merging: the largest power of two whose square
-// is no more than what the pieces have to merge, in blocks' time, if they have a block each.
-__device__ __forceinline__ int least_even_piece(int blocks, int row_tiles) {
-  // Below 2^30. With more blocks pieces are larger in any case.
-  const int merged = min(blocks, 1 << 24) * min(row_tiles, 32) / schedule::kMergedTilesPerBlock;
-  return merged > 0 ? 1 << (31 - __clz(merged)) / 2 : 1;
-}
-
 // ---------------------------------------------------------------------------------------------
 // Weights of requests
 // ---------------------------------------------------------------------------------------------
@@ -249,7 +241,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   int first_even = 0;
   if (may_be_even) {
     const int all_blocks = total - p.batch * schedule::kOverheadBlocks;
-    least_even = least_even_piece(all_blocks, p.row_tiles);
+    least_even = schedule::least_even_piece(all_blocks, p.row_tiles);
     first_even = max(static_cast<int>(divide_up(all_blocks, p.num_parts)), least_even);
 #pragma unroll
     for (int i = 0; i < schedule::kEvenSizes; ++i) {

@@ -63,7 +63,6 @@ DecodeParams decode_params(const Array& schedule, const Array& lengths) {
   p.num_parts = numbers["num_parts"];
   p.batch_invariant = numbers["batch_invariant"];
   p.runs[0] = {lengths, numbers["capacity"]};
-  p.longer_is_nan = true;
   p.schedule = schedule;
   p.slots_per_request = schedule::max_invariant_splits(numbers["capacity"]);
   return p;
@@ -71,18 +70,20 @@ DecodeParams decode_params(const Array& schedule, const Array& lengths) {
 
 void merge() {
   const Array schedule("schedule"), lengths("lengths"), sink("attn_sink"), out("out"), lse("lse");
-  const Array partial_out("partial_out"), partial_lse("partial_lse"), broken("schedule_is_broken");
+  const Array partial_out("partial_out"), partial_sums("partial_sums"), broken("schedule_is_broken");
   DecodeParams p = decode_params(schedule, lengths);
   p.seq_q = numbers["seq_q"];
   p.heads_q = numbers["heads_q"];
   p.heads_kv = numbers["heads_kv"];
+  p.sparse = numbers["sparse"];
+  p.slices = p.sparse ? p.seq_q : p.heads_kv;
   p.head_dim_v = numbers["head_dim_v"];
   p.dtype = numbers["is_fp16"] ? DataType::kFloat16 : DataType::kBFloat16;
   p.attn_sink = sink;
   p.out = out;
   p.lse = lse;
   p.partial_out = partial_out;
-  p.partial_lse = partial_lse;
+  p.partial_sums = partial_sums;
   p.schedule_is_broken = broken;
   p.num_slots = numbers["num_slots"];
   check(launch_combine(p, nullptr));

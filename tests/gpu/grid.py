@@ -172,7 +172,7 @@ def _fresh_workspace(*, rows: int, dv: int) -> tuple[jax.Array, jax.Array, jax.A
     # One value more in the second, so that nothing can make them one buffer.
     return (
         jnp.full((rows, dv), jnp.nan, jnp.float32),
-        jnp.full((rows + 1,), jnp.nan, jnp.float32),
+        jnp.full((2 * rows + 1,), jnp.nan, jnp.float32),
         jnp.full((1,), -1, jnp.int32),
     )
 
@@ -499,10 +499,11 @@ class Runner:
         row_tiles = _planning.dense_row_tiles(h_kv, s_q * h_q // h_kv)
         parts = problem.num_sm_parts or _planning.default_num_sm_parts(row_tiles)
         slots = raw.workspace_slots(b, width, case.page_size, parts, problem.batch_invariant)
+        slabs = -(-(s_q * h_q // h_kv) // 16)
         for needed, there, what in (
             (rows + 1, sizes.out_rows, "rows of results"),
             (rows, sizes.query_rows, "queries"),
-            (slots * s_q * h_q, sizes.partial_rows, "rows of workspace"),
+            (slots * h_kv * slabs * 16, sizes.partial_rows, "rows of workspace"),
             (parts, sizes.parts, "rows of the schedule"),
             (b, sizes.requests, "requests"),
         ):
@@ -565,7 +566,7 @@ class Runner:
         )
 
         def launch(results):
-            partial_out, partial_lse, status = on_device["workspace"]
+            partial_out, partial_sums, status = on_device["workspace"]
             row_bytes = d * self.queries.dtype.itemsize
             raw.raw_module().run(
                 raw.dense_decode_params(
@@ -594,7 +595,7 @@ class Runner:
                     out=raw.address_of(results[0]),
                     lse=raw.address_of(results[1]),
                     partial_out=raw.address_of(partial_out),
-                    partial_lse=raw.address_of(partial_lse),
+                    partial_sums=raw.address_of(partial_sums),
                     schedule_is_broken=raw.address_of(status),
                 )
             )

@@ -392,7 +392,7 @@ class Runner:
         slots = 2 * parts
         for needed, there, what in (
             (parts, sizes.parts, "rows of the schedule"),
-            (slots * case.s_q * case.h_q, sizes.partial_rows, "rows of workspace"),
+            (slots * case.s_q * -(-case.h_q // 16) * 16, sizes.partial_rows, "rows of workspace"),
         ):
             if needed > there:
                 raise ValueError(f"{case.name}: needs {needed} {what}; there are {there}")
@@ -461,7 +461,7 @@ class Runner:
                     out=raw.address_of(out),
                     lse=raw.address_of(lse),
                     partial_out=raw.address_of(workspace[0]),
-                    partial_lse=raw.address_of(workspace[1]),
+                    partial_sums=raw.address_of(workspace[1]),
                     schedule_is_broken=raw.address_of(workspace[2]),
                 )
             )

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 
 BF16, F16, F32, I32, U8 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32, jnp.uint8
 
-DECODE_RESULTS = ("out", "lse", "partial_out", "partial_lse", "status")
+DECODE_RESULTS = ("out", "lse", "partial_out", "partial_sums", "status")
 # Names of arguments and results, as the handlers show them.
 NAMES = {
     "flashmla_dense_decode": (
@@ -267,7 +267,7 @@ INT = np.int32
 NARROW_VALUES = {
     "out": array(2, 1, 16, 256, dtype=BF16),
     "partial_out": array(264, 1, 16, 256, dtype=F32),
-    "partial_lse": array(264, 1, 16, dtype=F32),
+    "partial_sums": array(264, 1, 16, dtype=F32),
     "schedule": array(132, 8),
 }
 
@@ -307,12 +307,12 @@ DECODE_BAD = {
     "dtype of lse": {"lse": array(2, 16, 1, dtype=BF16)},
     "no workspace": {
         "partial_out": array(0, 1, 16, 512, dtype=F32),
-        "partial_lse": array(0, 1, 16, dtype=F32),
+        "partial_sums": array(0, 1, 16, dtype=F32),
     },
     "rank of workspace": {"partial_out": array(16, 512, dtype=F32)},
     "rows of workspace": {"partial_out": array(8, 1, 15, 512, dtype=F32)},
     "columns of workspace": {"partial_out": array(8, 1, 16, 511, dtype=F32)},
-    "workspace of lse": {"partial_lse": array(1, 1, 16, dtype=F32)},
+    "workspace of lse": {"partial_sums": array(1, 1, 16, dtype=F32)},
     "empty status": {"status": array(0)},
     "long status": {"status": array(2)},
     "format -1": {"cache_format": INT(-1)},
@@ -364,14 +364,14 @@ DENSE_BAD = {
 INVARIANT_BAD = {
     "workspace of no whole requests": {
         "partial_out": array(5, 1, 16, 512, dtype=F32),
-        "partial_lse": array(5, 1, 16, dtype=F32),
+        "partial_sums": array(5, 1, 16, dtype=F32),
     },
 }
 # Workspace for one piece of each request, where a request may have several.
 SMALL_WORKSPACE = {
     "too little workspace": {
         "partial_out": array(2, 1, 16, 512, dtype=F32),
-        "partial_lse": array(2, 1, 16, dtype=F32),
+        "partial_sums": array(2, 1, 16, dtype=F32),
     },
 }
 V32_DECODE_BAD = {

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include "common/fast_divide.h"
+#include "common/partial.h"
 #include "common/ptx.cuh"
 #include "common/schedule.cuh"
 #include "common/wgmma.cuh"
@@ -21,8 +22,6 @@ namespace flashmla::sm90::decode {
 template <typename P>
 struct KernelParams {
   typename P::Params p;
-  int slices;                // rows of one request fall into so many slices that share no keys:
-                             // KV heads, or, if sparse, query tokens
   int rows;                  // of one request and slice
   int row_tiles;             // of 64 rows, of one request and slice
   int group;                 // h_q / h_kv: query heads of a KV head
@@ -33,6 +32,8 @@ struct KernelParams {
   uint32_t slots[kMaxRuns];       // at most 2^31
   uint32_t page_bytes[kMaxRuns];  // if tokens do not follow each other over page boundaries
 };
+
+constexpr int kSlabsPerTile = kRows / partial::kSlabRows;
 
 // What a CTA works on.
 struct Place {
@@ -77,11 +78,20 @@ __device__ __forceinline__ int visible_tokens(const KernelParams<P>& kp,
   return piece.length - (kp.p.seq_q - 1 - token);
 }
 
-// Where a row of a piece's partial result is.
+// Which slab of the workspace is for rows 16 * warp and up of the row tile. See common/partial.h.
 template <typename P>
-__device__ __forceinline__ int64_t partial_row(const KernelParams<P>& kp, const Place& place,
-                                               const schedule::Piece& piece, int row) {
-  return (static_cast<int64_t>(piece.slot) * kp.slices + place.slice) * kp.rows + row;
+__device__ __forceinline__ int64_t partial_slab(const KernelParams<P>& kp, const Place& place,
+                                                const schedule::Piece& piece, int warp) {
+  const int64_t slice = static_cast<int64_t>(piece.slot) * kp.p.slices + place.slice;
+  return slice * partial::slabs_of_slice(kp.rows) + place.row_tile * kSlabsPerTile + warp;
+}
+
+// The maximum and the sum of one of the two rows of a line of a slab.
+template <typename P>
+__device__ __forceinline__ void store_partial_sums(const KernelParams<P>& kp, int64_t slab,
+                                                   int line, int h, const float2& max_and_sum) {
+  float2* sums = reinterpret_cast<float2*>(kp.p.partial_sums);
+  sums[(slab * partial::kLines + line) * 2 + h] = max_and_sum;
 }
 
 struct FinalRow {
@@ -113,19 +123,25 @@ __device__ __forceinline__ void store_empty(const KernelParams<P>& kp, const Pla
                                             const schedule::Piece& piece, int group, int thread) {
   using T = typename P::T;
   using S = typename P::S;
-  for (int i = thread; i < kRows; i += 128) {
-    const int row = place.row_tile * kRows + i;
-    if (group != 0 || row >= kp.rows) continue;
-    if (piece.slot >= 0) {
-      kp.p.partial_lse[partial_row(kp, place, piece, row)] = -INFINITY;
-    } else {
-      kp.p.lse[lse_index(kp, piece.request, row_index(kp, place.slice, row))] = INFINITY;
+  const int first_row = place.row_tile * kRows;
+  if (piece.slot >= 0) {
+    const int warp = thread / 32;
+    if (group != 0 || first_row + warp * partial::kSlabRows >= kp.rows) return;
+    const int64_t slab = partial_slab(kp, place, piece, warp);
+    const int row = thread % 32;
+    if (row < partial::kSlabRows) {
+      store_partial_sums(kp, slab, row % partial::kLines, row / partial::kLines, {-INFINITY, 0.f});
     }
+    return;
   }
-  if (piece.slot >= 0) return;
+  for (int i = thread; i < kRows; i += 128) {
+    const int row = first_row + i;
+    if (group != 0 || row >= kp.rows) break;
+    kp.p.lse[lse_index(kp, piece.request, row_index(kp, place.slice, row))] = INFINITY;
+  }
   constexpr int kChunks = S::kHalfColumns / 8;
   for (int i = thread; i < kRows * kChunks; i += 128) {
-    const int row = place.row_tile * kRows + i / kChunks;
+    const int row = first_row + i / kChunks;
     if (row >= kp.rows) break;
     T* out = static_cast<T*>(kp.p.out) +
              out_row(kp, piece.request, row_index(kp, place.slice, row)) * S::kDimV +
@@ -179,7 +195,7 @@ class BlockStream {
         result.source = 1;
       }
       const SparseSource& source = kp.p.sources[result.source];
-      const int64_t row = static_cast<int64_t>(piece_.request) * kp.slices + slice;
+      const int64_t row = static_cast<int64_t>(piece_.request) * kp.p.slices + slice;
       result.entries = source.indices + row * source.topk + block * kTokens;
     } else {
       result.entries = kp.p.block_table + static_cast<int64_t>(piece_.request) * kp.p.table_width;
@@ -325,7 +341,8 @@ __device__ __forceinline__ bool begin_cta(const KernelParams<P>& kp, SharedStora
                                           Arrivals... arrivals) {
   if (threadIdx.x == 0) {
     const int tile = static_cast<int>(blockIdx.x) / kp.row_tiles;
-    smem.place = {tile / kp.slices, tile % kp.slices, static_cast<int>(blockIdx.x) % kp.row_tiles};
+    smem.place = {tile / kp.p.slices, tile % kp.p.slices,
+                  static_cast<int>(blockIdx.x) % kp.row_tiles};
     smem.init_barriers(arrivals...);
     ptx::fence_barrier_init();
   }
@@ -334,7 +351,7 @@ __device__ __forceinline__ bool begin_cta(const KernelParams<P>& kp, SharedStora
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
 
-  const schedule::Expected expected{kp.p.batch, kp.row_tiles * kp.slices, kp.p.num_parts,
+  const schedule::Expected expected{kp.p.batch, kp.row_tiles * kp.p.slices, kp.p.num_parts,
                                     schedule::expected_stamp(kp.p.batch_invariant, P::kSparse)};
   // After this barrier all threads see the place and the other barriers, too.
   const bool broken =

@@ -13,7 +13,7 @@ Status launch_cta(void (*kernel)(KernelParams<P>, TensorMaps...), const KernelPa
   constexpr int kBytes = kSharedBytes<P>;
   FLASHMLA_RETURN_IF_ERROR(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  const int64_t ctas = static_cast<int64_t>(kp.row_tiles) * kp.slices * kp.p.num_parts;
+  const int64_t ctas = static_cast<int64_t>(kp.row_tiles) * kp.p.slices * kp.p.num_parts;
   // Pairs of row tiles are clusters also where they share nothing: on neighbouring multiprocessors
   // they read the same keys faster, by up to 10% where batches are cut.
   const unsigned cluster_ctas = kp.row_tiles % 2 == 0 ? 2 : P::kClusterCtas;

@@ -8,6 +8,7 @@
 // once the scores are done.
 #pragma once
 
+#include "common/quad.cuh"
 #include "sm90/decode/cta.cuh"
 
 namespace flashmla::sm90::decode {
@@ -469,24 +470,22 @@ class MathGroup {
     piece_parity_ ^= 1;
     // Warps without a row have nothing to store.
     if (smem_.place.row_tile * kRows + thread_ / 32 * 16 >= kp_.rows) return;
+    // Both warpgroups add in the same order, so both get the same bits.
+    const float row_sums[2] = {sums[0][row_] + sums[1][row_],
+                               sums[0][row_ + 8] + sums[1][row_ + 8]};
+    if (piece.slot >= 0) {
+      store_partial(piece, row_sums);
+    } else {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      // Both warpgroups add in the same order, so both get the same bits.
-      const float sum = sums[0][row_ + 8 * h] + sums[1][row_ + 8 * h];
-      const int row = smem_.place.row_tile * kRows + row_ + 8 * h;
-      if (piece.slot >= 0) {
-        store_partial(piece, row, h, sum);
-      } else {
-        store_final(piece, row, h, sum);
-      }
+      for (int h = 0; h < 2; ++h) store_final(piece, h, row_sums[h]);
     }
   }
 
   // A thread's accumulators are pairs of columns. Exchanged among the four lanes of a row they
   // become 16 bytes side by side, a quarter of the requests. All lanes take part, also those whose
   // row does not exist.
-  __device__ __forceinline__ void store_final(const schedule::Piece& piece, int row, int h,
-                                              float sum) {
+  __device__ __forceinline__ void store_final(const schedule::Piece& piece, int h, float sum) {
+    const int row = smem_.place.row_tile * kRows + row_ + 8 * h;
     const bool valid = row < kp_.rows;
     const RowIndex index = row_index(kp_, smem_.place.slice, valid ? row : 0);
     const auto [lse, factor] = final_row(kp_, piece, index, state_.max[h], sum);
@@ -501,40 +500,32 @@ class MathGroup {
         const int i = 4 * (4 * g + j) + 2 * h;
         x[j] = ptx::pack<T>(out_[i] * factor, out_[i + 1] * factor);
       }
-      exchange(x[0], x[1], q & 1, 1);
-      exchange(x[2], x[3], q & 1, 1);
-      exchange(x[0], x[2], q & 2, 2);
-      exchange(x[1], x[3], q & 2, 2);
+      transpose_quad(x);
       if (valid) *reinterpret_cast<uint4*>(out + g * 32) = uint4{x[0], x[1], x[2], x[3]};
     }
     if (kGroup == 0 && q == 0 && valid) kp_.p.lse[lse_index(kp_, piece.request, index)] = lse;
   }
 
-  // Not exchanged: the pairs are whole sectors here, and fewer instructions count for more, since
-  // this code runs once and comes from a cold instruction cache.
-  __device__ __forceinline__ void store_partial(const schedule::Piece& piece, int row, int h,
-                                                float sum) {
-    if (row >= kp_.rows) return;
-    const int64_t slot_row = partial_row(kp_, smem_.place, piece, row);
-    const bool empty = sum == 0.f;
-    const float factor = empty ? 0.f : 1.f / sum;
-    float* out = kp_.p.partial_out + slot_row * S::kDimV + kGroup * S::kHalfColumns + lane_ % 4 * 2;
+  // As the registers hold it, which takes few instructions: this code runs once and comes from a
+  // cold instruction cache.
+  __device__ __forceinline__ void store_partial(const schedule::Piece& piece,
+                                                const float (&sums)[2]) {
+    constexpr int kTiles = S::kHalfColumns / partial::kTileColumns;
+    const int64_t slab = partial_slab(kp_, smem_.place, piece, thread_ / 32);
+    float4* values = reinterpret_cast<float4*>(kp_.p.partial_out) +
+                     slab * (partial::values(S::kDimV) / 4) + kGroup * kTiles * partial::kLanes +
+                     lane_;
 #pragma unroll
-    for (int j = 0; j < S::kHalfColumns / 8; ++j) {
-      const float2 pair = {out_[4 * j + 2 * h] * factor, out_[4 * j + 2 * h + 1] * factor};
-      *reinterpret_cast<float2*>(out + 8 * j) = pair;
+    for (int j = 0; j < kTiles; ++j) {
+      values[j * partial::kLanes] = {out_[4 * j], out_[4 * j + 1], out_[4 * j + 2],
+                                     out_[4 * j + 3]};
     }
     if (kGroup == 0 && lane_ % 4 == 0) {
-      kp_.p.partial_lse[slot_row] = empty ? -INFINITY : state_.max[h] + log2f(sum);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        store_partial_sums(kp_, slab, lane_ / 4, h, {state_.max[h], sums[h]});
+      }
     }
-  }
-
-  // With the lane `distance` away: the lower lane keeps a and gets the other's a as b, the upper
-  // one keeps b and gets the other's b as a.
-  __device__ __forceinline__ static void exchange(uint32_t& a, uint32_t& b, bool upper,
-                                                  int distance) {
-    const uint32_t other = __shfl_xor_sync(0xffffffff, upper ? a : b, distance);
-    (upper ? a : b) = other;
   }
 
   const KernelParams<P>& kp_;

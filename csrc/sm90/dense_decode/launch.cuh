@@ -16,7 +16,6 @@ Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
   using P = Problem<T, S, /*kSparse=*/false, Loading::kCopied>;
   KernelParams<P> kp;
   kp.p = params;
-  kp.slices = params.heads_kv;
   kp.group = params.heads_q / params.heads_kv;
   kp.must_gather_queries = params.heads_kv > 1;
   kp.rows = params.seq_q * kp.group;

@@ -442,7 +442,7 @@ class MathGroup {
     constexpr int kWarps = kMathThreads / 32;
     constexpr int kRowsAtOnce = 4;
     const int64_t first_row =
-        (static_cast<int64_t>(piece.request) * kp_.slices + smem.place.slice) * kp_.rows;
+        (static_cast<int64_t>(piece.request) * kp_.p.slices + smem.place.slice) * kp_.rows;
     const int warp = group_ * 4 + thread_ / 32;
 #pragma unroll 1
     for (int begin = warp; begin < kRows; begin += kWarps * kRowsAtOnce) {
@@ -542,7 +542,7 @@ class MathGroup {
       // Both warpgroups add in the same order, so both get the same bits.
       const float sum = sums[0][tile_row] + sums[1][tile_row];
       if (piece.slot >= 0) {
-        store_partial(piece, row, h, sum);
+        store_partial(piece, h, sum);
       } else {
         store_final(piece, row, h, sum);
       }
@@ -573,19 +573,26 @@ class MathGroup {
     if (group_ == 0 && lane() % 4 == 0) kp_.p.lse[lse_index(kp_, piece.request, index)] = lse;
   }
 
-  __device__ __forceinline__ void store_partial(const schedule::Piece& piece, int row, int h,
-                                                float sum) {
-    const int64_t slot_row = partial_row(kp_, fresh_smem().place, piece, row);
-    const bool empty = sum == 0.f;
-    const float factor = empty ? 0.f : 1.f / sum;
-    float* out = kp_.p.partial_out + slot_row * 512 + group_ * 256;
-    for_columns(h, [&](int column, const float4& x) {
-      *reinterpret_cast<float4*>(out + column) = {x.x * factor, x.y * factor, x.z * factor,
-                                                  x.w * factor};
-    });
-    if (group_ == 0 && lane() % 4 == 0) {
-      kp_.p.partial_lse[slot_row] = empty ? -INFINITY : max_[h] + log2f(sum);
+  // A thread's four columns are those of two lanes in the order of the workspace, in one tile of 8
+  // columns or in the next. Stores of pairs, which would have to lie in neighbouring registers,
+  // make the compiler spill.
+  __device__ __forceinline__ void store_partial(const schedule::Piece& piece, int h, float sum) {
+    constexpr int kTiles = 256 / partial::kTileColumns;
+    const int64_t slab = partial_slab(kp_, fresh_smem().place, piece, thread_ / 32);
+    const int q = lane() % 4;
+    float* out = kp_.p.partial_out + slab * partial::values(512) +
+                 4 * ((group_ * kTiles + q / 2) * partial::kLanes + lane() / 4 * 4 + q % 2 * 2) +
+                 2 * h;
+#pragma unroll
+    for (int c = 0; c < 16; ++c) {
+      const int even = 8 * c + 2 * h;
+      float* four = out + c * 8 * partial::kLanes;
+      four[0] = out_[even];
+      four[1] = out_[even + 4];
+      four[4] = out_[even + 1];
+      four[5] = out_[even + 5];
     }
+    if (group_ == 0 && q == 0) store_partial_sums(kp_, slab, lane() / 4, h, {max_[h], sum});
   }
 
   static constexpr int kBarrierQueries = 3;

@@ -26,7 +26,6 @@ inline PageCount pages_of(const DenseDecodeParams& p, int) { return {p.num_pages
 template <typename P>
 Status fill_params(const typename P::Params& params, CacheFormat format, KernelParams<P>* kp) {
   kp->p = params;
-  kp->slices = P::kSparse ? params.seq_q : 1;
   kp->rows = P::kSparse ? params.heads_q : params.seq_q * params.heads_q;
   kp->row_tiles = schedule::ceil_div(kp->rows, kRows);
   kp->group = params.heads_q;
@@ -58,7 +57,7 @@ Status launch_tiles(const Params& params, cudaStream_t stream) {
   CUtensorMap queries;
   constexpr CUtensorMapDataType type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const int64_t entries = static_cast<int64_t>(params.batch) * kp.slices;
+  const int64_t entries = static_cast<int64_t>(params.batch) * kp.p.slices;
   if (entries > INT32_MAX) return {cudaErrorInvalidValue, "batch * seq_q"};
   if (Status status =
           encode_rows(&queries, params.q, type, static_cast<int>(entries), kp.rows, kDim, kRows);

@@ -44,7 +44,7 @@ class Loader : protected TokenFinder<P, kFormat> {
       if (!free) ptx::mbarrier_wait(&smem_.q_empty, q_parity_);
       if (lane_ == 0) {
         ptx::mbarrier_arrive_expect_tx(&smem_.q_full, sizeof(smem_.q));
-        const int entry = P::kSparse ? request * kp_.slices + smem_.place.slice : request;
+        const int entry = P::kSparse ? request * kp_.p.slices + smem_.place.slice : request;
         ptx::tma_load_4d(smem_.q, &queries_, &smem_.q_full, ptx::evict_first_policy(), 0,
                          smem_.place.row_tile * kRows, 0, entry);
       }
