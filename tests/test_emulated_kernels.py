@@ -276,17 +276,21 @@ class Merge:
         return x.reshape(self.h_kv, -1, *x.shape[3:])
 
 
+# The launcher takes as many CTAs for a slab of rows as can run at once: so many warps share the
+# pieces of a slab, each for so many tiles of 8 columns. Parts without work count.
 MERGES = {
     "8 warps, a tile each": Merge([132], 132, 2),
-    "8 warps, a tile each, KV heads": Merge([33], 40, 34, h_kv=2, sink=True),
+    "8 warps, a tile each, KV heads": Merge([33], 132, 34, h_kv=2, sink=True),
     "8 warps, a tile each, sparse": Merge([12], 13, 5, s_q=2, sink=True, sparse=True),
     "8 warps, a tile each, 256": Merge([17], 20, 3, dv=256),
-    "8 warps, 2 tiles each": Merge([13], 20, 70, dv=256, sink=True),
-    "8 warps, 4 tiles each": Merge([36], 40, 129, dv=256, sink=True),
-    "4 warps": Merge([7, 1, 8], 24, 3),
-    "2 warps": Merge([3, 4, 1, 2], 14, 5, dv=256, sink=True),
-    "a warp": Merge([1, 2, 1, 2, 3], 9, 9, h_kv=3),
-    "a warp, sparse": Merge([2, 1, 3], 6, 17, s_q=2, sink=True, sparse=True),
+    "8 warps, 2 tiles each": Merge([13], 20, 40, sink=True),
+    "8 warps, 2 tiles each, 256": Merge([13], 20, 70, dv=256, sink=True),
+    "8 warps, 4 tiles each": Merge([36, 3], 40, 129, dv=256, sink=True),
+    "4 warps": Merge([7, 1, 8], 24, 66),
+    "2 warps": Merge([3, 4, 1, 2] * 3, 32, 48, dv=256, sink=True),
+    "a warp, 4 tiles": Merge([2] * 23 + [1, 3], 52, 48, dv=256),
+    "a warp, 4 tiles, sparse": Merge([2, 1, 3] * 15, 90, 7, s_q=2, sink=True, sparse=True),
+    "a warp, 8 tiles": Merge([2, 1, 1, 3] * 9, 66, 63, h_kv=3, sink=True),
     "batch-invariant": Merge([16, 1, 3], 20, 3, sink=True, batch_invariant=True),
     "by parts": Merge([1, 1, 0, 1, 2, 1, 0, 1, 1, 0, 0, 1], 9, 2),
 }

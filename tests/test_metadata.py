@@ -50,8 +50,8 @@ def least_even_piece(total, row_tiles):
 def plan(blocks, parts, batch_invariant, row_tiles):
     """Boundaries and pieces by walking along the requests, in Python's integers."""
     b = len(blocks)
-    blocks = [min(n, max(2**30 // max(b, 1) - 5, 1)) for n in blocks]
-    costs = [n + 5 for n in blocks]
+    blocks = [min(n, max(2**30 // max(b, 1) - 2, 1)) for n in blocks]
+    costs = [n + 2 for n in blocks]
     payload = max(ceil(sum(costs), parts), 2)
     boundaries, whole = [], []
     for p in range(parts):
@@ -60,18 +60,18 @@ def plan(blocks, parts, batch_invariant, row_tiles):
             position -= costs[request]
             request += 1
         whole.append(request)
-        unit = max(position - 5, 0) if request < b else 0
+        unit = max(position - 2, 0) if request < b else 0
         if batch_invariant and request < b:
             unit //= piece_blocks(blocks[request])
         boundaries.append((request, unit))
     boundaries.append((b, 0))
     whole.append(b)
     most = max(sum(costs[i:j]) for i, j in zip(whole, whole[1:], strict=False))
-    if most <= payload + 8 and not batch_invariant:
+    if most <= payload + 5 and not batch_invariant:
         boundaries = [(request, 0) for request in whole]
     elif not batch_invariant and b <= parts <= 1024:
         least = least_even_piece(sum(blocks), row_tiles)
-        for size in range(max(least, ceil(sum(blocks), parts)), max(least, payload) + 1):
+        for size in range(max(least, ceil(sum(blocks), parts)), max(least, payload + 1) + 1):
             starts = [(r, u) for r, n in enumerate(blocks) for u in range(0, n, size)]
             if len(starts) <= parts:
                 starts += [(b, 0)] * (parts + 1 - len(starts))
@@ -238,12 +238,12 @@ def test_each_block_is_covered_once_whatever_the_lengths_are_now(data, b, parts,
 def test_no_part_has_more_than_its_share(data, b, parts):
     lengths = data.draw(st.lists(st.integers(0, 20_000), min_size=b, max_size=b))
     rows, _ = schedule(lengths, parts)
-    share = max(ceil(sum(blocks_of(n) + 5 for n in lengths), parts), 2)
+    share = max(ceil(sum(blocks_of(n) + 2 for n in lengths), parts), 2)
     work = np.bincount([d[2] for d in walk(rows, lengths, False)], minlength=parts)
     # A little more is allowed where no request is cut, and for pieces that would else be too many.
     cut = bool(np.asarray(rows)[:, 1].any())
     least = least_even_piece(sum(map(blocks_of, lengths)), ROW_TILES)
-    assert work.max() <= (max(share, least) if cut else share + 8)
+    assert work.max() <= (max(share + 1, least) if cut else share + 5)
 
 
 @given(data=st.data(), length=LENGTHS.filter(lambda n: n < 2**28), b=st.sampled_from([3]))

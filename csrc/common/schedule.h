@@ -20,17 +20,18 @@ namespace flashmla::schedule {
 // Tokens of a block: what one step of an attention kernel consumes.
 constexpr int kBlockTokens = 64;
 // Cost of starting a request within a part, in blocks: load of q, prologue, epilogue.
-constexpr int kOverheadBlocks = 5;
+constexpr int kOverheadBlocks = 2;
 // The least share of a part, in blocks: smaller ones cost more to merge than they save.
 constexpr int kMinShareBlocks = 2;
 // Parts of whole requests only are preferred while the largest costs at most this many blocks more
 // than an even share: writing and merging partial results costs about as much.
-constexpr int kWholeRequestSlack = 8;
+constexpr int kWholeRequestSlack = 5;
 // Else parts of one piece each are preferred, all of the same size: where requests are few enough,
-// and the pieces are no larger than an even share, which counts the overheads. A piece's size is
-// chosen among this many, which are all that can be between an even share of the blocks alone and
-// that.
-constexpr int kEvenSizes = 1 + kOverheadBlocks;
+// and the pieces are at most this many blocks larger than an even share, which counts the
+// overheads. A piece's size is chosen among as many as can be between an even share of the blocks
+// alone and that.
+constexpr int kEvenSlack = 1;
+constexpr int kEvenSizes = 1 + kOverheadBlocks + kEvenSlack;
 // Their least size, a power of two, makes a piece take about as long as merging all of them: a
 // block takes as long as merging so many row tiles.
 constexpr int kMergedTilesPerBlock = 16;

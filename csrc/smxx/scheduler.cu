@@ -284,11 +284,12 @@ __global__ void __launch_bounds__(kMaxThreads)
   // Else into even pieces, one for each part, if some size is small enough and makes few enough.
   int even = 0;
   if (may_be_even && cut_requests) {
+    const int most_even = max(payload + schedule::kEvenSlack, least_even);
 #pragma unroll
     for (int i = schedule::kEvenSizes - 1; i >= 0; --i) {
       const int pieces = lane < blockDim.x / 32 ? even_pieces[i][lane] : 0;
       const bool fits = __reduce_add_sync(kAllLanes, pieces) <= p.num_parts;
-      if (fits && first_even + i <= max(payload, least_even)) even = first_even + i;
+      if (fits && first_even + i <= most_even) even = first_even + i;
     }
   }
   if (!cut_requests) {

@@ -27,9 +27,10 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 64  # tokens
-OVERHEAD = 5  # cost of starting a request, in blocks: prologue, epilogue, merging
+OVERHEAD = 2  # cost of starting a request, in blocks: prologue, epilogue, merging
 MIN_SHARE = 2  # blocks; smaller parts cost more to merge than they save
-WHOLE_SLACK = 8  # blocks that an uneven share may cost before requests are cut to even it
+WHOLE_SLACK = 5  # blocks that an uneven share may cost before requests are cut to even it
+EVEN_SLACK = 1  # blocks that even pieces may be larger than an even share
 MERGED_TILES_PER_BLOCK = 16  # merging so many row tiles of pieces takes about as long as a block
 MAX_EVEN_PARTS = 1024  # even pieces are planned for at most so many parts
 MAX_INVARIANT_SPLITS = 16  # bounds the workspace of batch-invariant calls
@@ -92,17 +93,18 @@ def even_piece_blocks(
 ) -> jax.Array:
     """Blocks of the pieces if all requests are cut into equal ones, one a part; 0 if they are not.
 
-    The least number that makes no more pieces than there are parts, unless that is more than an
-    even share ``payload`` of blocks and overheads, or so few blocks that merging costs more.
+    The least number that makes no more pieces than there are parts, unless that is more than
+    EVEN_SLACK above an even share ``payload`` of blocks and overheads, or so few blocks that
+    merging costs more.
     """
     total = jnp.sum(blocks)
     least = least_even_piece(total, row_tiles)
     first = jnp.maximum(total // num_sm_parts + (total % num_sm_parts > 0), least)
     # An even share is at most OVERHEAD blocks more than the least of these.
-    size = first + jnp.arange(1 + OVERHEAD, dtype=jnp.int32)
+    size = first + jnp.arange(1 + OVERHEAD + EVEN_SLACK, dtype=jnp.int32)
     pieces = blocks[:, None] // size + (blocks[:, None] % size > 0)
     fits = jnp.sum(jnp.minimum(pieces, num_sm_parts + 1), axis=0) <= num_sm_parts
-    fits &= size <= jnp.maximum(payload, least)
+    fits &= size <= jnp.maximum(payload + EVEN_SLACK, least)
     return jnp.where(jnp.any(fits), size[jnp.argmax(fits)], 0)
 
 

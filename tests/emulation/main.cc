@@ -70,7 +70,8 @@ DecodeParams decode_params(const Array& schedule, const Array& lengths) {
 
 void merge() {
   const Array schedule("schedule"), lengths("lengths"), sink("attn_sink"), out("out"), lse("lse");
-  const Array partial_out("partial_out"), partial_sums("partial_sums"), broken("schedule_is_broken");
+  const Array partial_out("partial_out"), partial_sums("partial_sums"),
+      broken("schedule_is_broken");
   DecodeParams p = decode_params(schedule, lengths);
   p.seq_q = numbers["seq_q"];
   p.heads_q = numbers["heads_q"];

@@ -263,11 +263,20 @@ def test_recorded_calls_are_good(name):
 # ------------------------------------------------------------------ bad calls
 
 INT = np.int32
+
+
+def workspace(slots=264, slices=1, slabs=1, columns=512, sums=32):
+    """Partial results; as they are they go with the calls, which have 132 parts and 16 heads."""
+    return {
+        "partial_out": array(slots, slices, slabs, 16 * columns, dtype=F32),
+        "partial_sums": array(slots, slices, slabs, sums, dtype=F32),
+    }
+
+
 # What no kernel has; the workspace goes with the result.
 NARROW_VALUES = {
     "out": array(2, 1, 16, 256, dtype=BF16),
-    "partial_out": array(264, 1, 16, 256, dtype=F32),
-    "partial_sums": array(264, 1, 16, dtype=F32),
+    **workspace(columns=256),
     "schedule": array(132, 8),
 }
 
@@ -305,14 +314,17 @@ DECODE_BAD = {
     "rank of lse": {"lse": array(32, dtype=F32)},
     "heads of lse": {"lse": array(2, 15, 1, dtype=F32)},
     "dtype of lse": {"lse": array(2, 16, 1, dtype=BF16)},
-    "no workspace": {
-        "partial_out": array(0, 1, 16, 512, dtype=F32),
-        "partial_sums": array(0, 1, 16, dtype=F32),
-    },
-    "rank of workspace": {"partial_out": array(16, 512, dtype=F32)},
-    "rows of workspace": {"partial_out": array(8, 1, 15, 512, dtype=F32)},
-    "columns of workspace": {"partial_out": array(8, 1, 16, 511, dtype=F32)},
-    "workspace of lse": {"partial_sums": array(1, 1, 16, dtype=F32)},
+    "no workspace": workspace(slots=0),
+    "rank of workspace": {"partial_out": array(264, 16 * 512, dtype=F32)},
+    "slices of workspace": workspace(slices=2),
+    "slabs of workspace": workspace(slabs=2),
+    "no slabs of workspace": workspace(slabs=0),
+    "columns of workspace": workspace(columns=511),
+    "rank of sums": workspace() | {"partial_sums": array(264, 32, dtype=F32)},
+    "slots of sums": workspace() | {"partial_sums": array(263, 1, 1, 32, dtype=F32)},
+    "slices of sums": workspace() | {"partial_sums": array(264, 2, 1, 32, dtype=F32)},
+    "slabs of sums": workspace() | {"partial_sums": array(264, 1, 2, 32, dtype=F32)},
+    "columns of sums": workspace(sums=31),
     "empty status": {"status": array(0)},
     "long status": {"status": array(2)},
     "format -1": {"cache_format": INT(-1)},
@@ -362,17 +374,11 @@ DENSE_BAD = {
     },
 }
 INVARIANT_BAD = {
-    "workspace of no whole requests": {
-        "partial_out": array(5, 1, 16, 512, dtype=F32),
-        "partial_sums": array(5, 1, 16, dtype=F32),
-    },
+    "workspace of no whole requests": workspace(slots=5),
 }
 # Workspace for one piece of each request, where a request may have several.
 SMALL_WORKSPACE = {
-    "too little workspace": {
-        "partial_out": array(2, 1, 16, 512, dtype=F32),
-        "partial_sums": array(2, 1, 16, dtype=F32),
-    },
+    "too little workspace": workspace(slots=2),
 }
 V32_DECODE_BAD = {
     "columns of cache": {"k_cache": array(6, 8, 1, 655, dtype=U8)},
