@@ -574,23 +574,22 @@ class MathGroup {
   }
 
   // A thread's four columns are those of two lanes in the order of the workspace, in one tile of 8
-  // columns or in the next. Stores of pairs, which would have to lie in neighbouring registers,
-  // make the compiler spill.
+  // columns or in the next. Pairs as integers, since as float2 they make the compiler spill.
   __device__ __forceinline__ void store_partial(const schedule::Piece& piece, int h, float sum) {
     constexpr int kTiles = 256 / partial::kTileColumns;
     const int64_t slab = partial_slab(kp_, fresh_smem().place, piece, thread_ / 32);
     const int q = lane() % 4;
-    float* out = kp_.p.partial_out + slab * partial::values(512) +
-                 4 * ((group_ * kTiles + q / 2) * partial::kLanes + lane() / 4 * 4 + q % 2 * 2) +
-                 2 * h;
+    uint64_t* out =
+        reinterpret_cast<uint64_t*>(kp_.p.partial_out) + slab * (partial::values(512) / 2) +
+        2 * ((group_ * kTiles + q / 2) * partial::kLanes + lane() / 4 * 4 + q % 2 * 2) + h;
+    const auto pair = [](float lo, float hi) {
+      return __float_as_uint(lo) | static_cast<uint64_t>(__float_as_uint(hi)) << 32;
+    };
 #pragma unroll
     for (int c = 0; c < 16; ++c) {
       const int even = 8 * c + 2 * h;
-      float* four = out + c * 8 * partial::kLanes;
-      four[0] = out_[even];
-      four[1] = out_[even + 4];
-      four[4] = out_[even + 1];
-      four[5] = out_[even + 5];
+      out[4 * c * partial::kLanes] = pair(out_[even], out_[even + 4]);
+      out[4 * c * partial::kLanes + 2] = pair(out_[even + 1], out_[even + 5]);
     }
     if (group_ == 0 && q == 0) store_partial_sums(kp_, slab, lane() / 4, h, {max_[h], sum});
   }
