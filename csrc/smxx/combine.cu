@@ -101,8 +101,8 @@ __device__ Slots invariant_slots(const DecodeParams& p, int request) {
   return {splits, first, first, 1};
 }
 
-// How the work of a merge is shared: so many warps take turns with the pieces of a slab, each for
-// so many tiles of 8 columns.
+// How the work of a merge is shared: so many warps share the pieces of a slab, a run of pieces
+// each, for so many tiles of 8 columns.
 template <int kDimV, int kWarpsPerSlab, int kTiles>
 struct Sharing {
   static constexpr int kTilesOfCta = kWarps / kWarpsPerSlab * kTiles;
@@ -119,13 +119,13 @@ struct Weighted {
   float4 values[kTiles];                           // two columns of row r, of row r + 8
 };
 
-// Whose weights are 0 whatever the maximum: those of a row without scores, and infinitely small
-// ones.
+// What weights of the maximum `max` are multiplied with if it gives way to `largest`: 0 where there
+// are none, also if there are none at all.
 __device__ __forceinline__ float weight_of(float max, float largest) {
   return exp2f(max - (largest == -INFINITY ? 0.f : largest));
 }
 
-// Adds `count` of them, in order, to `total`.
+// Adds the pieces to `total`, in their order.
 template <int kTiles, int kCount>
 __device__ __forceinline__ void add(const Weighted<kTiles> (&pieces)[kCount],
                                     Weighted<kTiles>& total) {
