@@ -191,6 +191,18 @@ class Merge:
         batch_invariant=False,
         sparse=False,
     ):
+        self.with_seed = functools.partial(
+            Merge,
+            pieces,
+            parts,
+            h_q,
+            h_kv,
+            s_q,
+            dv,
+            sink,
+            batch_invariant=batch_invariant,
+            sparse=sparse,
+        )
         self.pieces, self.parts, self.h_q, self.h_kv, self.s_q = pieces, parts, h_q, h_kv, s_q
         self.batch_invariant, self.sparse = batch_invariant, sparse
         self.num_slots = 16 * len(pieces) if batch_invariant else 2 * parts
@@ -312,12 +324,12 @@ def test_merge_is_the_weighted_sum_of_pieces(emulator, name):
 
 @only_memory
 @pytest.mark.parametrize(
-    "name", ["8 warps, a tile each, 256", "4 warps", "batch-invariant", "by parts"]
+    "name",
+    ["8 warps, a tile each, sparse", "2 warps", "a warp, 8 tiles", "batch-invariant", "by parts"],
 )
 @pytest.mark.parametrize("seed", range(6))
 def test_nothing_is_merged_by_a_broken_schedule(emulator, name, seed):
-    like = MERGES[name]
-    merge = Merge(like.pieces, like.parts, 3, seed=seed, batch_invariant=like.batch_invariant)
+    merge = MERGES[name].with_seed(seed=seed)
     rng = np.random.default_rng(seed)
     shape, info = merge.arrays["schedule"].shape, np.iinfo(np.int32)
     noise = [rng.integers(info.min, info.max, shape), rng.integers(-2, 5, shape)]

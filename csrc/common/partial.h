@@ -2,9 +2,10 @@
 //
 // The rows of a request fall into slices (see DecodeParams::slices), those of a slice into slabs of
 // 16, the rows of a warp in a wgmma accumulator. A slab of a slot has
-// - its sums: for each of 8 lines two rows, r and r + 8, and of each the maximum of the scores, in
-//   base 2, and the sum of the weights 2^(score - maximum); (-inf, 0) if the row attended to
-//   nothing in the piece;
+// - its sums: for each of 8 lines two rows, r and r + 8, and of each the maximum m that its scores,
+//   in base 2, have been compared with, and the sum of the weights 2^(score - m). The largest score
+//   may be some more than m: as long as they stay small, weights above 1 are as good. (-inf, 0) if
+//   the row attended to nothing in the piece;
 // - its values, weighted but not divided by that sum, as the lanes of a warp hold them: for each
 //   tile of 8 columns a float4 of each lane, which is columns 2 * (lane % 4) and the next one of
 //   rows lane / 4 and lane / 4 + 8. A warp so writes and reads 512 bytes side by side. They are

@@ -1,7 +1,7 @@
-// Merges the pieces of requests that the schedule cut. Of each piece i and row there are the
-// maximum m_i of the scores, the sum s_i of the weights 2^(score - m_i), and the values with these
-// weights. With m the largest of m_i all of them are added with the factors 2^(m_i - m), in a fixed
-// order; out is the sum of values over that of weights.
+// Merges the pieces of requests that the schedule cut. Of each piece i and row there are m_i, which
+// is near the maximum of the scores, the sum s_i of the weights 2^(score - m_i), and the values
+// with these weights. With m the largest of m_i all of them are added with the factors 2^(m_i - m),
+// in a fixed order; out is the sum of values over that of weights.
 //
 // A CTA takes some columns of 16 rows of a request: a slab of common/partial.h, whose lanes it
 // reads as the attention kernel wrote them. It reads from the schedule itself which parts hold the
@@ -312,7 +312,8 @@ Status launch_kernel(const DecodeParams& p, cudaStream_t stream) {
 
 // CTAs that can start at once, while the attention kernel runs if it leaves half of the
 // multiprocessors free, when it ends otherwise. More would start one after the other, which costs
-// 2 us and more.
+// 2 us and more. What the host knows of the lengths is the most that they can be; GPUs with other
+// numbers of multiprocessors than 132 get a less fitting number.
 int64_t most_ctas(const DecodeParams& p) {
   constexpr int kMultiprocessors = 132;
   constexpr int kCtasOfMultiprocessor = 2;

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 64  # tokens
-OVERHEAD = 2  # cost of starting a request, in blocks: prologue, epilogue, merging
+OVERHEAD = 2  # cost of starting a request, in blocks: load of q, prologue, epilogue
 MIN_SHARE = 2  # blocks; smaller parts cost more to merge than they save
 WHOLE_SLACK = 5  # blocks that an uneven share may cost before requests are cut to even it
 EVEN_SLACK = 1  # blocks that even pieces may be larger than an even share
