@@ -404,11 +404,13 @@ def test_calls_of_the_kernels(monkeypatch, kind, cache_format, extra, fp8_matmul
     operands, results = re.search(r": \((.*)\) -> \((.*?)\)", line).groups()
     # 300 choices in 5 blocks, or a table of 192 tokens: batch-invariant pieces have 4 blocks.
     slots = 2 * (2 if kind == "sparse" else 1) if batch_invariant else 2 * PARTS
+    # 16 heads of 3 query tokens in slabs of 16 rows. Those of a token that chooses are a slice.
+    slabs = "3x1" if kind == "sparse" else "1x3"
     assert re.findall(r"<(.*?)>", results) == [
         "2x3x16x512xbf16",
         "2x16x3xf32",
-        f"{slots}x1x48x512xf32",
-        f"{slots}x1x48xf32",
+        f"{slots}x{slabs}x{16 * 512}xf32",
+        f"{slots}x{slabs}x32xf32",
         "1xi32",
     ]
     # Absent operands are empty; the choices of an extra cache may be, too, but with three axes.
