@@ -180,7 +180,7 @@ def sparse_decode_declines(
 def workspace_shapes(
     slots: int, *, slices: int, rows: int, head_dim_v: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the values and the sums of partial results; see csrc/common/partial.h.
+    """Shapes of the values and the sums of partial results; see csrc/common/partial_results.h.
 
     ``rows`` are those of a request, which fall into ``slices`` that share no keys: KV heads or, if
     they choose their keys, query tokens.

@@ -19,6 +19,8 @@ namespace flashmla::schedule {
 
 // Tokens of a block: what one step of an attention kernel consumes.
 constexpr int kBlockTokens = 64;
+// Rows of a row tile, query tokens x heads: what one CTA of an attention kernel works on.
+constexpr int kRowTileRows = 64;
 // Cost of starting a request within a part, in blocks: load of q, prologue, epilogue.
 constexpr int kOverheadBlocks = 2;
 // The least share of a part, in blocks: smaller ones cost more to merge than they save.

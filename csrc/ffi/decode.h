@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/fp8_formats.h"
-#include "common/partial.h"
+#include "common/partial_results.h"
 #include "common/schedule.h"
 #include "ffi/check.h"
 

@@ -3,9 +3,9 @@
 // with these weights. With m the largest of m_i all of them are added with the factors 2^(m_i - m),
 // in a fixed order; out is the sum of values over that of weights.
 //
-// A CTA takes some columns of 16 rows of a request: a slab of common/partial.h, whose lanes it
-// reads as the attention kernel wrote them. It reads from the schedule itself which parts hold the
-// request, so there is no second array that could disagree with the first.
+// A CTA takes some columns of 16 rows of a request: a slab of common/partial_results.h, whose lanes
+// it reads as the attention kernel wrote them. It reads from the schedule itself which parts hold
+// the request, so there is no second array that could disagree with the first.
 //
 // The kernel is launched while the attention kernel still runs, finds its work, and waits. The
 // schedule and the lengths may be read before: they come from kernels that the attention kernel has
@@ -15,7 +15,8 @@
 #include <cuda_fp16.h>
 
 #include "common/dependent_launch.cuh"
-#include "common/partial.h"
+#include "common/final_row.cuh"
+#include "common/partial_results.h"
 #include "common/ptx.cuh"
 #include "common/quad.cuh"
 #include "common/schedule.cuh"
@@ -26,7 +27,6 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kTileRows = 64;  // of the attention kernels
 
 // The slots of a request: count pieces; piece i is in slot first for i = 0, else rest + i * step.
 struct Slots {
@@ -183,23 +183,6 @@ __device__ __forceinline__ void add_all(int begin, int end, const Load& load,
   }
 }
 
-struct Result {
-  float lse;     // natural logarithm
-  float factor;  // of the weighted values
-};
-
-__device__ __forceinline__ Result result_of(const DecodeParams& p, int request, int head, float max,
-                                            float sum) {
-  constexpr float kLn2 = 0.6931471805599453f;
-  const bool empty = sum == 0.f;
-  Result result = {empty ? INFINITY : (max + log2f(sum)) * kLn2, empty ? 0.f : 1.f / sum};
-  if (p.attn_sink != nullptr && !empty) {
-    const int64_t base = p.sink_per_request ? static_cast<int64_t>(request) * p.heads_q : 0;
-    result.factor /= 1.f + expf(p.attn_sink[base + head] - result.lse);
-  }
-  return result;
-}
-
 // Grid: (requests or parts) x slabs of a request x groups of columns, flattened on x.
 template <typename T, int kDimV, int kWarpsPerSlab, int kTiles>
 __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spills for more CTAs
@@ -268,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spill
     const int head = p.sparse ? row : slice * group + row % group;
     const float max = h == 0 ? total.sums.x : total.sums.z;
     const float sum = h == 0 ? total.sums.y : total.sums.w;
-    const auto [lse, factor] = result_of(p, request, valid ? head : 0, max, sum);
+    const auto [lse, factor] = final_row(p, request, valid ? head : 0, max, sum);
     const int64_t out_row = (static_cast<int64_t>(request) * p.seq_q + token) * p.heads_q + head;
     uint32_t* out = static_cast<uint32_t*>(p.out) + out_row * (kDimV / 2) +
                     first_tile * (partial::kTileColumns / 2);
@@ -317,7 +300,8 @@ Status launch_kernel(const DecodeParams& p, cudaStream_t stream) {
 int64_t most_ctas(const DecodeParams& p) {
   constexpr int kMultiprocessors = 132;
   constexpr int kCtasOfMultiprocessor = 2;
-  const int row_tiles = p.slices * schedule::ceil_div(partial::rows_of_slice(p), kTileRows);
+  const int row_tiles =
+      p.slices * schedule::ceil_div(partial::rows_of_slice(p), schedule::kRowTileRows);
   int64_t blocks = 0;
   for (const RunLengths& run : p.runs) {
     const int64_t most = std::min<int64_t>(std::max<int64_t>(run.most, 0), INT32_MAX);

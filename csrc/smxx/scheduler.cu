@@ -189,7 +189,7 @@ __device__ __forceinline__ void find_last(const int* starts, int count,
                                           int (&found)[kPositions]) {
 #pragma unroll
   for (int i = 0; i < kPositions; ++i) found[i] = 0;
-  const int top = count > 1 ? 1 << (31 - __clz(count - 1)) : 0;
+  const int top = count > 1 ? 1 << schedule::floor_log2(count - 1) : 0;
 #pragma unroll 1
   for (int step = top; step > 0; step /= 2) {
 #pragma unroll

@@ -151,7 +151,6 @@ inline int __reduce_add_sync(unsigned, int x) {
   });
 }
 
-inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int atomicAdd(int* address, int x) {
   const std::lock_guard lock(simt::atomics);

@@ -10,7 +10,7 @@
 
 namespace flashmla::sm90::decode {
 
-constexpr int kRows = 64;                        // rows of a tile: query tokens x heads
+constexpr int kRows = schedule::kRowTileRows;    // rows of a tile: query tokens x heads
 constexpr int kTokens = schedule::kBlockTokens;  // tokens of a block
 constexpr int kSubTileColumns = 64;              // columns of a 128-byte-swizzled sub-tile
 constexpr int kRowBytes = kSubTileColumns * 2;   // of a sub-tile

@@ -7,7 +7,8 @@
 #include <cuda_fp16.h>
 
 #include "common/fast_divide.h"
-#include "common/partial.h"
+#include "common/final_row.cuh"
+#include "common/partial_results.h"
 #include "common/ptx.cuh"
 #include "common/schedule.cuh"
 #include "common/wgmma.cuh"
@@ -78,7 +79,8 @@ __device__ __forceinline__ int visible_tokens(const KernelParams<P>& kp,
   return piece.length - (kp.p.seq_q - 1 - token);
 }
 
-// Which slab of the workspace is for rows 16 * warp and up of the row tile. See common/partial.h.
+// Which slab of the workspace is for rows 16 * warp and up of the row tile. See
+// common/partial_results.h.
 template <typename P>
 __device__ __forceinline__ int64_t partial_slab(const KernelParams<P>& kp, const Place& place,
                                                 const schedule::Piece& piece, int warp) {
@@ -92,28 +94,6 @@ __device__ __forceinline__ void store_partial_sums(const KernelParams<P>& kp, in
                                                    int line, int h, const float2& max_and_sum) {
   float2* sums = reinterpret_cast<float2*>(kp.p.partial_sums);
   sums[(slab * partial::kLines + line) * 2 + h] = max_and_sum;
-}
-
-struct FinalRow {
-  float lse;     // natural logarithm
-  float factor;  // of the sum of weighted values
-};
-
-// From the base-2 maximum of a row's scores and the sum of its weights, which is 0 only if the row
-// attended to nothing: every term of its first block is at least exp2(0) for its maximum.
-template <typename P>
-__device__ __forceinline__ FinalRow final_row(const KernelParams<P>& kp,
-                                              const schedule::Piece& piece, RowIndex index,
-                                              float max, float sum) {
-  constexpr float kLn2 = 0.6931471805599453f;
-  const bool empty = sum == 0.f;
-  FinalRow result = {empty ? INFINITY : (max + log2f(sum)) * kLn2, empty ? 0.f : 1.f / sum};
-  if (kp.p.attn_sink != nullptr && !empty) {
-    const int64_t base =
-        kp.p.sink_per_request ? static_cast<int64_t>(piece.request) * kp.p.heads_q : 0;
-    result.factor /= 1.f + expf(kp.p.attn_sink[base + index.head] - result.lse);
-  }
-  return result;
 }
 
 // A piece without blocks, by warpgroup `group`, which owns that half of the columns: zeros and +inf

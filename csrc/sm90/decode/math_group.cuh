@@ -488,7 +488,7 @@ class MathGroup {
     const int row = smem_.place.row_tile * kRows + row_ + 8 * h;
     const bool valid = row < kp_.rows;
     const RowIndex index = row_index(kp_, smem_.place.slice, valid ? row : 0);
-    const auto [lse, factor] = final_row(kp_, piece, index, state_.max[h], sum);
+    const auto [lse, factor] = final_row(kp_.p, piece.request, index.head, state_.max[h], sum);
     const int q = lane_ % 4;
     T* out = static_cast<T*>(kp_.p.out) + out_row(kp_, piece.request, index) * S::kDimV +
              kGroup * S::kHalfColumns + q * 8;

@@ -18,7 +18,7 @@ Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
   kp.p = params;
   kp.group = params.heads_q / params.heads_kv;
   kp.must_gather_queries = params.heads_kv > 1;
-  kp.rows = params.seq_q * kp.group;
+  kp.rows = partial::rows_of_slice(params);
   kp.row_tiles = schedule::ceil_div(kp.rows, kRows);
 
   TensorMaps maps{};

@@ -564,7 +564,7 @@ class MathGroup {
   __device__ __forceinline__ void store_final(const schedule::Piece& piece, int row, int h,
                                               float sum) {
     const RowIndex index = row_index(kp_, fresh_smem().place.slice, row);
-    const auto [lse, factor] = final_row(kp_, piece, index, max_[h], sum);
+    const auto [lse, factor] = final_row(kp_.p, piece.request, index.head, max_[h], sum);
     T* out = static_cast<T*>(kp_.p.out) + out_row(kp_, piece.request, index) * 512 + group_ * 256;
     for_columns(h, [&](int column, const float4& x) {
       *reinterpret_cast<uint2*>(out + column) = {ptx::pack<T>(x.x * factor, x.y * factor),

@@ -26,7 +26,7 @@ inline PageCount pages_of(const DenseDecodeParams& p, int) { return {p.num_pages
 template <typename P>
 Status fill_params(const typename P::Params& params, CacheFormat format, KernelParams<P>* kp) {
   kp->p = params;
-  kp->rows = P::kSparse ? params.heads_q : params.seq_q * params.heads_q;
+  kp->rows = partial::rows_of_slice(params);
   kp->row_tiles = schedule::ceil_div(kp->rows, kRows);
   kp->group = params.heads_q;
   kp->must_gather_queries = false;
