@@ -8,6 +8,7 @@ test may do to a JAX array: see :func:`wait_for` and :func:`contents`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -244,6 +245,12 @@ def workspace_slots(
 ) -> int:
     """Partial results that the dense attention kernel may write."""
     return _workspace_slots(b, table_width * page_size, num_parts, batch_invariant)
+
+
+def workspace_rows(slots: int, *, slices: int, rows: int) -> int:
+    """Rows that so many slots have room for, those that fill up slabs among them."""
+    values, _ = _cuda.workspace_shapes(slots, slices=slices, rows=rows, head_dim_v=1)
+    return math.prod(values)
 
 
 def plan_schedule(

@@ -164,7 +164,7 @@ UNTOUCHED = 0xABAB
 
 
 def in_slabs(x):
-    """Rows [slots, slices, rows, n] as csrc/common/partial.h has them, filled up with NaN."""
+    """Rows [slots, slices, rows, n] as csrc/common/partial_results.h has them, with NaN to fill."""
     slots, slices, rows, n = x.shape
     filled = np.full((slots, slices, -(-rows // 16) * 16, n), np.nan, np.float32)
     filled[:, :, :rows] = x
@@ -191,18 +191,6 @@ class Merge:
         batch_invariant=False,
         sparse=False,
     ):
-        self.with_seed = functools.partial(
-            Merge,
-            pieces,
-            parts,
-            h_q,
-            h_kv,
-            s_q,
-            dv,
-            sink,
-            batch_invariant=batch_invariant,
-            sparse=sparse,
-        )
         self.pieces, self.parts, self.h_q, self.h_kv, self.s_q = pieces, parts, h_q, h_kv, s_q
         self.batch_invariant, self.sparse = batch_invariant, sparse
         self.num_slots = 16 * len(pieces) if batch_invariant else 2 * parts
@@ -288,29 +276,34 @@ class Merge:
         return x.reshape(self.h_kv, -1, *x.shape[3:])
 
 
+def case(*sizes, **options):
+    """A merge to be made anew by each test: its arrays are large, and the kernel writes to them."""
+    return functools.partial(Merge, *sizes, **options)
+
+
 # The launcher takes as many CTAs for a slab of rows as can run at once: so many warps share the
 # pieces of a slab, each for so many tiles of 8 columns. Parts without work count.
 MERGES = {
-    "8 warps, a tile each": Merge([132], 132, 2),
-    "8 warps, a tile each, KV heads": Merge([33], 132, 34, h_kv=2, sink=True),
-    "8 warps, a tile each, sparse": Merge([12], 13, 5, s_q=2, sink=True, sparse=True),
-    "8 warps, a tile each, 256": Merge([17], 20, 3, dv=256),
-    "8 warps, 2 tiles each": Merge([13], 20, 40, sink=True),
-    "8 warps, 2 tiles each, 256": Merge([13], 20, 70, dv=256, sink=True),
-    "8 warps, 4 tiles each": Merge([36, 3], 40, 129, dv=256, sink=True),
-    "4 warps": Merge([7, 1, 8], 24, 66),
-    "2 warps": Merge([3, 4, 1, 2] * 3, 32, 48, dv=256, sink=True),
-    "a warp, 4 tiles": Merge([2] * 23 + [1, 3], 52, 48, dv=256),
-    "a warp, 4 tiles, sparse": Merge([2, 1, 3] * 15, 90, 7, s_q=2, sink=True, sparse=True),
-    "a warp, 8 tiles": Merge([2, 1, 1, 3] * 9, 66, 63, h_kv=3, sink=True),
-    "batch-invariant": Merge([16, 1, 3], 20, 3, sink=True, batch_invariant=True),
-    "by parts": Merge([1, 1, 0, 1, 2, 1, 0, 1, 1, 0, 0, 1], 9, 2),
+    "8 warps, a tile each": case([132], 132, 2),
+    "8 warps, a tile each, KV heads": case([33], 132, 34, h_kv=2, sink=True),
+    "8 warps, a tile each, sparse": case([12], 13, 5, s_q=2, sink=True, sparse=True),
+    "8 warps, a tile each, 256": case([17], 20, 3, dv=256),
+    "8 warps, 2 tiles each": case([13], 20, 40, sink=True),
+    "8 warps, 2 tiles each, 256": case([13], 20, 70, dv=256, sink=True),
+    "8 warps, 4 tiles each": case([36, 3], 40, 129, dv=256, sink=True),
+    "4 warps": case([7, 1, 8], 24, 66),
+    "2 warps": case([3, 4, 1, 2] * 3, 32, 48, dv=256, sink=True),
+    "a warp, 4 tiles": case([2] * 23 + [1, 3], 52, 48, dv=256),
+    "a warp, 4 tiles, sparse": case([2, 1, 3] * 15, 90, 7, s_q=2, sink=True, sparse=True),
+    "a warp, 8 tiles": case([2, 1, 1, 3] * 9, 66, 63, h_kv=3, sink=True),
+    "batch-invariant": case([16, 1, 3], 20, 3, sink=True, batch_invariant=True),
+    "by parts": case([1, 1, 0, 1, 2, 1, 0, 1, 1, 0, 0, 1], 9, 2),
 }
 
 
 @pytest.mark.parametrize("name", MERGES)
 def test_merge_is_the_weighted_sum_of_pieces(emulator, name):
-    merge = MERGES[name]
+    merge = MERGES[name]()
     out, lse = merge.run(emulator)
     for request, count in enumerate(merge.pieces):
         if count < 2:  # the attention kernel's business
@@ -329,7 +322,7 @@ def test_merge_is_the_weighted_sum_of_pieces(emulator, name):
 )
 @pytest.mark.parametrize("seed", range(6))
 def test_nothing_is_merged_by_a_broken_schedule(emulator, name, seed):
-    merge = MERGES[name].with_seed(seed=seed)
+    merge = MERGES[name](seed=seed)
     rng = np.random.default_rng(seed)
     shape, info = merge.arrays["schedule"].shape, np.iinfo(np.int32)
     noise = [rng.integers(info.min, info.max, shape), rng.integers(-2, 5, shape)]

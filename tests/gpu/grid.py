@@ -499,11 +499,14 @@ class Runner:
         row_tiles = _planning.dense_row_tiles(h_kv, s_q * h_q // h_kv)
         parts = problem.num_sm_parts or _planning.default_num_sm_parts(row_tiles)
         slots = raw.workspace_slots(b, width, case.page_size, parts, problem.batch_invariant)
-        slabs = -(-(s_q * h_q // h_kv) // 16)
         for needed, there, what in (
             (rows + 1, sizes.out_rows, "rows of results"),
             (rows, sizes.query_rows, "queries"),
-            (slots * h_kv * slabs * 16, sizes.partial_rows, "rows of workspace"),
+            (
+                raw.workspace_rows(slots, slices=h_kv, rows=s_q * h_q),
+                sizes.partial_rows,
+                "rows of workspace",
+            ),
             (parts, sizes.parts, "rows of the schedule"),
             (b, sizes.requests, "requests"),
         ):

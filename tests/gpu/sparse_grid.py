@@ -392,7 +392,11 @@ class Runner:
         slots = 2 * parts
         for needed, there, what in (
             (parts, sizes.parts, "rows of the schedule"),
-            (slots * case.s_q * -(-case.h_q // 16) * 16, sizes.partial_rows, "rows of workspace"),
+            (
+                raw.workspace_rows(slots, slices=case.s_q, rows=case.s_q * case.h_q),
+                sizes.partial_rows,
+                "rows of workspace",
+            ),
         ):
             if needed > there:
                 raise ValueError(f"{case.name}: needs {needed} {what}; there are {there}")
