@@ -77,6 +77,22 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same; whether `value` is true for any of the threads.
+__device__ __forceinline__ bool named_barrier_or(int id, int threads, bool value) {
+  uint32_t any;
+  asm volatile(
+      "{\n"
+      ".reg .pred x, y;\n"
+      "setp.ne.u32 x, %1, 0;\n"
+      "bar.red.or.pred y, %2, %3, x;\n"
+      "selp.u32 %0, 1, 0, y;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(static_cast<uint32_t>(value)), "r"(id), "r"(threads)
+      : "memory");
+  return any != 0;
+}
+
 // ---------------------------------------------------------------------------------------------
 // Clusters
 // ---------------------------------------------------------------------------------------------
@@ -179,6 +195,12 @@ __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+// Arrives at a barrier once this thread's copies so far have landed. Counts as an arrival.
+__device__ __forceinline__ void cp_async_arrive(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier))
+               : "memory");
+}
+
 // Four 8x8 matrices of 16-bit elements from registers in the mma fragment layout; lane i gives
 // the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
@@ -188,7 +210,16 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint3
                : "memory");
 }
 
-// The same from shared memory to registers, each matrix transposed: a register holds rows 2 * (i %
+// The same, each matrix transposed.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t r0, uint32_t r1,
+                                                  uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   address),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+
+// From shared memory to registers, each matrix transposed: a register holds rows 2 * (i %
 // 4) and the next one of column i / 4.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t address, uint32_t (&r)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -216,6 +247,10 @@ __device__ __forceinline__ uint4 ld_shared_16(uint32_t address) {
                : "r"(address)
                : "memory");
   return x;
+}
+
+__device__ __forceinline__ void st_shared_4(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
 __device__ __forceinline__ void st_shared_16(uint32_t address, uint32_t r0, uint32_t r1,

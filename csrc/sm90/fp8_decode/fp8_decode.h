@@ -1,0 +1,14 @@
+// The launchers of decode over V3.2 caches.
+#pragma once
+
+#include "launch.h"
+
+namespace flashmla::sm90::fp8_decode {
+
+// Whether the kernels here are for so many rows of a request and slice (query tokens x heads).
+bool takes_rows(int rows);
+
+Status launch(const DenseDecodeParams& params, cudaStream_t stream);
+Status launch(const SparseDecodeParams& params, cudaStream_t stream);
+
+}  // namespace flashmla::sm90::fp8_decode

@@ -1,0 +1,863 @@
+// The math warpgroups of decode over FP8 caches.
+//
+// Scores and values are computed transposed: tokens, or columns of the values, are the 64 rows of a
+// product, and the rows of the problem its 16, 32 or 64 columns. So the keys are the operand that
+// comes from registers, and FP8 codes need not be written anywhere once they are converted.
+//
+// Warpgroup 0 has the scores of even blocks and the left half of the output columns, warpgroup 1
+// those of odd blocks and the right half. Each multiplies both P tiles with its half of the values,
+// in block order, so the running maximum only ever moves forward.
+#pragma once
+
+#include "sm90/fp8_decode/storage.cuh"
+
+namespace flashmla::sm90::fp8_decode {
+
+// Of the rows that stand for eight tokens in an accumulator, which token `row` is. Neighbouring
+// rows are four tokens apart, so that eight lanes, which load four chunks of two rows, find them in
+// different banks.
+__device__ __forceinline__ int token_of_row(int row) { return (row & 1) * 4 + (row >> 1); }
+
+// Four e4m3 codes as fp16, exact: the low and the high half of `codes`.
+__device__ __forceinline__ void codes_to_halves(uint32_t codes, uint32_t& lo, uint32_t& hi) {
+  asm("{\n"
+      ".reg .b16 x, y;\n"
+      "mov.b32 {x, y}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, x;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, y;\n"
+      "}\n"
+      : "=r"(lo), "=r"(hi)
+      : "r"(codes));
+}
+
+__device__ __forceinline__ void codes_to_floats(uint32_t codes, float2& lo, float2& hi) {
+  uint32_t halves[2];
+  codes_to_halves(codes, halves[0], halves[1]);
+  lo = __half22float2(reinterpret_cast<const __half2&>(halves[0]));
+  hi = __half22float2(reinterpret_cast<const __half2&>(halves[1]));
+}
+
+template <typename P>
+class MathGroup {
+  using T = typename P::T;
+  static constexpr int kTileRows = P::kTileRows;
+  // Of the rows of a tile, those that a thread has to do with: two of every eight, 8 * j + 2 *
+  // (lane % 4) + e at 2 * j + e.
+  static constexpr int kThreadRows = kTileRows / 4;
+  static constexpr int kAccumulators = kTileRows / 2;
+
+ public:
+  // Both run the same code, or it would not fit into the instruction cache.
+  __device__ MathGroup(const KernelParams<P>& kp, SharedStorage<P>& smem, int group)
+      : kp_(kp), smem_(smem), group_(group) {
+    thread_ = threadIdx.x % 128;
+    lane_ = thread_ % 32;
+    warp_ = __shfl_sync(0xffffffff, thread_ / 32, 0);
+  }
+
+  __device__ __forceinline__ void run() {
+    constexpr float kLog2e = 1.4426950408889634f;
+    scale_log2_ = kp_.p.softmax_scale * kLog2e;
+    PieceWalk<P> walk(kp_.p, smem_.place.part);
+    schedule::Piece piece;
+    while (walk.next(kp_.p, piece)) {
+      if (piece.first_block >= piece.end_block) {
+        store_empty(kp_, smem_.place, piece, group_, thread_);
+        continue;
+      }
+      begin_piece(piece);
+#pragma unroll 1
+      for (int block = piece.first_block; block < piece.end_block; block += kMathGroups) {
+        attend(piece, block);
+        number_ += min(piece.end_block - block, kMathGroups);
+      }
+      finish_piece(piece);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void barrier_of_group() const {
+    ptx::named_barrier_sync(kBarrierMathGroup + group_, 128);
+  }
+  __device__ __forceinline__ void barrier_of_groups() const {
+    ptx::named_barrier_sync(kBarrierMathGroups, kMathThreads);
+  }
+
+  // This thread's row i of the tile.
+  __device__ __forceinline__ int row(int i) const { return i / 2 * 8 + lane_ % 4 * 2 + i % 2; }
+  // The token of a block whose scores are this thread's, h = 0 or 1.
+  __device__ __forceinline__ int token(int h) const {
+    return warp_ * 16 + h * 8 + token_of_row(lane_ / 4);
+  }
+
+  // --- blocks -----------------------------------------------------------------------------------
+
+  struct Stage {
+    int index;
+    uint32_t parity;
+    uint32_t tokens;
+  };
+  // Of block i of the pair.
+  __device__ __forceinline__ Stage stage(int i) const {
+    const int number = number_ + i;
+    const int index = number % P::kStages;
+    return {index, static_cast<uint32_t>(number / P::kStages & 1),
+            ptx::smem_address(smem_.tokens[0]) + index * kBlockBytes};
+  }
+
+  // A pair of blocks, or the last one.
+  __device__ __forceinline__ void attend(const schedule::Piece& piece, int block) {
+    const int blocks = min(piece.end_block - block, kMathGroups);
+    const bool has_own = group_ < blocks;
+    float s[kAccumulators];
+    float4 scales[2];
+    bool simple = false;
+    bool moves = false;
+    if (has_own) {
+      const Stage own = stage(group_);
+      ptx::mbarrier_wait(&smem_.full[own.index], own.parity);
+      load_scales(own.tokens, scales);
+      simple = are_simple(scales);
+      if (simple) {
+        simple_scores(own.tokens, scales, s);
+      } else {
+        scores(own.tokens, scales, s);
+      }
+      mask(piece, block + group_, smem_.marks[own.index], s);
+    }
+    if (group_ == 1) follow_max(0);
+    if (has_own) moves = softmax(s, scales, simple);
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) {
+      const Stage stage = this->stage(i);
+      // To see what has been copied: it was the other warpgroup that waited for it.
+      ptx::mbarrier_wait(&smem_.full[stage.index], stage.parity);
+      if (i == group_) {
+        barrier_of_group();  // P of all warps
+        if (moves) rescale_output();
+      } else if (i == 1) {
+        follow_max(1);
+      }
+      if (smem_.p_is_simple[i]) {
+        simple_values(stage, i);
+      } else {
+        values(stage, i);
+      }
+      if (i != group_) {
+        __syncwarp();
+        if (lane_ == 0) ptx::mbarrier_arrive(&smem_.p_empty[i]);
+      }
+    }
+    // Of each P that this pair had.
+    p_parities_ ^= blocks == kMathGroups ? 3 : 1;
+  }
+
+  // --- scores -----------------------------------------------------------------------------------
+
+  // 64 columns of this thread's two tokens: of each the 16 bytes at 16 * (lane % 4).
+  struct Raw {
+    uint4 token[2];
+  };
+
+  __device__ __forceinline__ static Raw load_raw(uint32_t address) {
+    return {ptx::ld_shared_16(address), ptx::ld_shared_16(address + 8 * Token::kTokenBytes)};
+  }
+
+  // Operands from registers for two steps of a product. There are several: while the products with
+  // others run, one is made.
+  using Operand = uint32_t[2][4];
+  static constexpr int kOperands = 4;
+
+  __device__ __forceinline__ static void wait_for(Operand& a) {
+    wgmma::wait<kOperands - 1>();
+    hold(a);
+  }
+  __device__ __forceinline__ static void wait_for_all(Operand (&a)[kOperands]) {
+    wgmma::wait<0>();
+#pragma unroll
+    for (int i = 0; i < kOperands; ++i) hold(a[i]);
+  }
+
+  __device__ __forceinline__ uint32_t own_token(uint32_t tokens) const {
+    return tokens + token(0) * Token::kTokenBytes;
+  }
+
+  __device__ __forceinline__ void load_scales(uint32_t tokens, float4 (&scales)[2]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint4 bits = ptx::ld_shared_16(own_token(tokens) + Token::kScalesOffset +
+                                           h * 8 * Token::kTokenBytes);
+      scales[h] = reinterpret_cast<const float4&>(bits);
+    }
+  }
+
+  // Whether all scales of a block are powers of two, of an order that the products in fp16 can take,
+  // or 0.
+  __device__ __forceinline__ bool are_simple(const float4 (&scales)[2]) const {
+    constexpr int kLeast = 127 - 13, kMost = 127 + 3;  // exponents of float32
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t bits = __float_as_uint(scale_of(scales[i / 4], i % 4));
+      // Exponent in the low bits, what must be 0 in the high ones.
+      const uint32_t x = bits - (kLeast << 23);
+      most = max(most, bits == 0 ? 0 : __funnelshift_r(x, x, 23));
+    }
+    return !ptx::named_barrier_or(kBarrierMathGroup + group_, 128,
+                                  most > kMost - kLeast);
+  }
+
+  // S = K Q^T, with keys in bfloat16.
+  __device__ __forceinline__ void scores(uint32_t tokens, const float4 (&scales)[2],
+                                         float (&s)[kAccumulators]) {
+    const uint32_t chunks = own_token(tokens) + lane_ % 4 * 16;
+    const uint32_t q = ptx::smem_address(smem_.q[0]);
+    Operand a[kOperands];
+    rope_scores(chunks, a, s);
+    Raw raw = load_raw(chunks);
+#pragma unroll
+    for (int tile = 0; tile < kLatentTiles; ++tile) {
+      const Raw now = raw;
+      if (tile + 1 < kLatentTiles) raw = load_raw(chunks + (tile + 1) * 64);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // The first two are of the RoPE columns.
+        Operand& operand = a[(2 * tile + i + 2) % kOperands];
+        if (2 * tile + i + 2 >= kOperands) wait_for(operand);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float scale = scale_of(scales[h], tile / 2);
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
+            float2 lo, hi;
+            codes_to_floats(word(now.token[h], 2 * i + step), lo, hi);
+            operand[step][h] = ptx::pack<T>(lo.x * scale, lo.y * scale);
+            operand[step][h + 2] = ptx::pack<T>(hi.x * scale, hi.y * scale);
+          }
+        }
+        issue_scores<T>(operand, q + tile * SharedStorage<P>::kTileBytes + 64 * i, s, true);
+      }
+    }
+    wait_for_all(a);
+    wgmma::hold(s);
+  }
+
+  // The same with codes in fp16. The products of each group are multiplied by its scales.
+  __device__ __forceinline__ void simple_scores(uint32_t tokens, const float4 (&scales)[2],
+                                                float (&s)[kAccumulators]) {
+    const uint32_t chunks = own_token(tokens) + lane_ % 4 * 16;
+    const uint32_t q = ptx::smem_address(smem_.simple_q[0]);
+    Operand a[kOperands];
+    rope_scores(chunks, a, s);
+    float t[2][kAccumulators];
+    Raw raw = load_raw(chunks);
+#pragma unroll
+    for (int tile = 0; tile < kLatentTiles; ++tile) {
+      const int group = tile / 2;
+      const Raw now = raw;
+      if (tile + 1 < kLatentTiles) raw = load_raw(chunks + (tile + 1) * 64);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        Operand& operand = a[(2 * tile + i + 2) % kOperands];
+        if (2 * tile + i + 2 >= kOperands) wait_for(operand);
+        if (2 * (tile % 2) + i == kOperands - 1) {
+          // So many operands later the last product of the group before has ended.
+          if (group == 0) {
+            wgmma::hold(s);
+            const Rows factors = load_rows(smem_.q_factor);
+#pragma unroll
+            for (int j = 0; j < kAccumulators; ++j) {
+              s[j] *= inverse_power(factors.of_row[row_of(j)]);
+            }
+          } else {
+            wgmma::hold(t[(group - 1) % 2]);
+            add_scaled(scales, group - 1, t[(group - 1) % 2], s);
+          }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
+            codes_to_halves(word(now.token[h], 2 * i + step), operand[step][h],
+                            operand[step][h + 2]);
+          }
+        }
+        issue_scores<__half>(operand, q + tile * SharedStorage<P>::kTileBytes + 64 * i, t[group % 2],
+                             tile % 2 + i > 0);
+      }
+    }
+    wait_for_all(a);
+    wgmma::hold(t[(kGroups - 1) % 2]);
+    add_scaled(scales, kGroups - 1, t[(kGroups - 1) % 2], s);
+    const Rows factors = load_rows(smem_.q_factor);
+#pragma unroll
+    for (int i = 0; i < kAccumulators; ++i) s[i] *= factors.of_row[row_of(i)];
+  }
+
+  // Begins with the RoPE columns.
+  __device__ __forceinline__ void rope_scores(uint32_t chunks, Operand (&a)[kOperands],
+                                              float (&s)[kAccumulators]) {
+    const uint32_t q =
+        ptx::smem_address(smem_.q[0]) + kLatentTiles * SharedStorage<P>::kTileBytes;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Raw raw = load_raw(chunks + Token::kRopeOffset + 64 * i);
+      const uint4& x = raw.token[0];
+      const uint4& y = raw.token[1];
+      set(a[i][0], x.x, y.x, x.y, y.y);
+      set(a[i][1], x.z, y.z, x.w, y.w);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) issue_scores<T>(a[i], q + 64 * i, s, i > 0);
+  }
+
+  __device__ __forceinline__ static void add_scaled(const float4 (&scales)[2], int group,
+                                                    const float (&t)[kAccumulators],
+                                                    float (&s)[kAccumulators]) {
+#pragma unroll
+    for (int i = 0; i < kAccumulators; ++i) {
+      s[i] = fmaf(t[i], scale_of(scales[i / 2 % 2], group), s[i]);
+    }
+  }
+
+  // Of a power of two that has one; NaN stays NaN.
+  __device__ __forceinline__ static float inverse_power(float x) {
+    return __uint_as_float((254 << 23) - __float_as_uint(x));
+  }
+
+  __device__ __forceinline__ static uint32_t word(const uint4& x, int i) {
+    return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+  }
+
+  __device__ __forceinline__ static void set(uint32_t (&a)[4], uint32_t x0, uint32_t x1,
+                                             uint32_t x2, uint32_t x3) {
+    a[0] = x0;
+    a[1] = x1;
+    a[2] = x2;
+    a[3] = x3;
+  }
+
+  // Two steps, of queries from the address `q` on.
+  template <typename Element>
+  __device__ __forceinline__ static void issue_scores(const Operand& a, uint32_t q,
+                                                      float (&s)[kAccumulators], bool accumulate) {
+    const uint64_t b = wgmma::k_major(q, kGroupBytes);
+    wgmma::fence();
+    wgmma::narrow_rs(Element{}, s, a[0], b, accumulate);
+    wgmma::narrow_rs(Element{}, s, a[1], b + wgmma::distance(32), true);
+    wgmma::commit();
+  }
+
+  // An operand is in use until here.
+  __device__ __forceinline__ static void hold(Operand& a) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+  }
+
+  __device__ __forceinline__ static float scale_of(const float4& scales, int group) {
+    return group == 0 ? scales.x : group == 1 ? scales.y : group == 2 ? scales.z : scales.w;
+  }
+
+  // --- softmax ----------------------------------------------------------------------------------
+
+  // The row, of this thread's, that an accumulator belongs to.
+  __device__ __forceinline__ static constexpr int row_of(int i) { return i / 4 * 2 + i % 2; }
+
+  __device__ __forceinline__ void mask(const schedule::Piece& piece, int block, uint2 marks,
+                                       float (&s)[kAccumulators]) const {
+    if (!(scale_log2_ > 0.f)) [[unlikely]] {
+      // The largest score must become the largest exponent.
+#pragma unroll
+      for (int i = 0; i < kAccumulators; ++i) s[i] *= scale_log2_;
+      wgmma::hold(s);
+    }
+    if constexpr (P::kSparse) {
+      if ((marks.x & marks.y) == 0xffffffff) [[likely]]
+        return;
+      const uint32_t exist = warp_ < 2 ? marks.x : marks.y;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (!(exist >> token(h) % 32 & 1)) {
+#pragma unroll
+          for (int i = 0; i < kAccumulators; ++i) {
+            if (i / 2 % 2 == h) s[i] = -INFINITY;
+          }
+        }
+      }
+      wgmma::hold(s);
+    } else {
+      if (marks.x != 0) [[unlikely]] {
+#pragma unroll
+        for (int i = 0; i < kAccumulators; ++i) s[i] = NAN;
+        wgmma::hold(s);
+      }
+      if ((block + 1) * kTokens > unmasked_tokens_) [[unlikely]] {
+        const int first_row = smem_.place.row_tile * kRows;
+#pragma unroll
+        for (int i = 0; i < kAccumulators; ++i) {
+          const int visible = visible_tokens(kp_, piece, first_row + row(row_of(i)));
+          if (block * kTokens + token(i / 2 % 2) >= visible) s[i] = -INFINITY;
+        }
+        wgmma::hold(s);
+      }
+    }
+  }
+
+  // While nothing was attended the maximum is -inf, and -inf - -inf must not make a NaN.
+  __device__ __forceinline__ static float finite_max(float max) {
+    return max == -INFINITY ? 0.f : max;
+  }
+
+  // What shared memory has of this thread's rows.
+  struct Rows {
+    float of_row[kThreadRows];
+  };
+  __device__ __forceinline__ Rows load_rows(const float (&of_tile)[kTileRows]) const {
+    Rows rows;
+    const uint32_t address = ptx::smem_address(of_tile) + lane_ % 4 * sizeof(float2);
+#pragma unroll
+    for (int j = 0; j < kTileRows / 8; ++j) {
+      const uint2 pair = ptx::ld_shared_8(address + j * 8 * sizeof(float));
+      rows.of_row[2 * j] = __uint_as_float(pair.x);
+      rows.of_row[2 * j + 1] = __uint_as_float(pair.y);
+    }
+    return rows;
+  }
+  __device__ __forceinline__ Rows load_max() const { return load_max(max_index_); }
+  __device__ __forceinline__ Rows load_max(int index) const { return load_rows(smem_.max[index]); }
+
+  // Weights are at most 2^kSlack before the maximum is moved: as exact as up to 1, and the output
+  // need hardly ever be rescaled. With simple scales they are multiplied with 2^8, too: so they are
+  // normal numbers of fp16 down to a weight of 2^-9, and end at 2^-19.
+  static constexpr float kSlack = 4.f;
+  static constexpr float kSimpleFactor = 256.f;
+
+  // Turns s into P of the own block, sums up, and stores P, rounded. Returns whether the maximum
+  // moved: the results are still to be rescaled then.
+  __device__ __forceinline__ bool softmax(float (&s)[kAccumulators], const float4 (&scales)[2],
+                                          bool simple) {
+    const float multiplier = scale_log2_ > 0.f ? scale_log2_ : 1.f;
+    Rows max = load_max();
+    bool exceeds = false;
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      const int first = i / 2 * 4 + i % 2;
+      exceeds |= fmaxf(s[first], s[first + 2]) * multiplier > max.of_row[i] + kSlack;
+    }
+    const bool moves = ptx::named_barrier_or(kBarrierMathGroup + group_, 128, exceeds);
+    if (moves) [[unlikely]] {
+      move_max(s, multiplier, max);
+    }
+    if (thread_ == 0) {
+      smem_.max_moved[group_] = moves;
+      smem_.p_is_simple[group_] = simple;
+    }
+#pragma unroll
+    for (int i = 0; i < kAccumulators; ++i) {
+      const int r = row_of(i);
+      s[i] = ptx::exp2_approx(fmaf(s[i], multiplier, -finite_max(max.of_row[r])));
+      sum_[r] += s[i];
+    }
+    ptx::mbarrier_wait(&smem_.p_empty[group_], (p_parities_ >> group_ & 1) ^ 1);
+    const uint32_t p = ptx::smem_address(smem_.p[0][0]) +
+                       group_ * static_cast<int>(sizeof(smem_.p[0]));
+    if (simple) {
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        store_p<__half>(p + group * SharedStorage<P>::kTileBytes, s,
+                        scale_of(scales[0], group) * kSimpleFactor,
+                        scale_of(scales[1], group) * kSimpleFactor);
+      }
+    } else {
+      store_p<T>(p, s, 1.f, 1.f);
+    }
+    ptx::fence_proxy_async();
+    ptx::mbarrier_arrive(&smem_.p_full[group_]);
+    return moves;
+  }
+
+  // Times a scale for each of the thread's two tokens.
+  template <typename Element>
+  __device__ __forceinline__ void store_p(uint32_t p, const float (&s)[kAccumulators], float scale0,
+                                          float scale1) const {
+    // Matrix m of a store: rows 8 * (m / 2) and up of the tile, tokens 8 * (m % 2) and up of the
+    // warp.
+    const int row_in_tile = lane_ / 16 * 8 + lane_ % 8;
+    const int chunk = 2 * warp_ + lane_ / 8 % 2;
+    const uint32_t place = p + row_in_tile * kRowBytes + ((chunk ^ (row_in_tile & 7)) << 4);
+#pragma unroll
+    for (int pair = 0; pair < kTileRows / 16; ++pair) {
+      uint32_t x[4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const int i = 4 * (2 * pair + m / 2) + 2 * (m % 2);
+        const float scale = m % 2 == 0 ? scale0 : scale1;
+        x[m] = ptx::pack<Element>(s[i] * scale, s[i + 1] * scale);
+      }
+      ptx::stmatrix_x4_trans(place + pair * 2 * kGroupBytes, x[0], x[1], x[2], x[3]);
+    }
+  }
+
+  // Moves the maximum of the rows that exceed it by too much.
+  __device__ __forceinline__ void move_max(const float (&s)[kAccumulators], float multiplier,
+                                           Rows& max) {
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      const int first = i / 2 * 4 + i % 2;
+      float x = fmaxf(s[first], s[first + 2]) * multiplier;
+#pragma unroll
+      for (int distance = 4; distance <= 16; distance *= 2) {
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
+      }
+      if (lane_ < 4) smem_.warp_max[warp_][row(i)] = x;
+    }
+    barrier_of_group();
+    if (thread_ < kTileRows) {
+      float x = smem_.warp_max[0][thread_];
+#pragma unroll
+      for (int warp = 1; warp < 4; ++warp) x = fmaxf(x, smem_.warp_max[warp][thread_]);
+      const float old = smem_.max[max_index_][thread_];
+      smem_.max[(max_index_ + 1) % SharedStorage<P>::kMaxima][thread_] =
+          x > old + kSlack ? x : old;
+    }
+    barrier_of_group();
+    max_index_ = (max_index_ + 1) % SharedStorage<P>::kMaxima;
+    const Rows next = load_max();
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) sum_[i] *= ratio(max.of_row[i], next.of_row[i]);
+    max = next;
+  }
+
+  // What turns weights below one maximum into weights below a later one.
+  __device__ __forceinline__ static float ratio(float old_max, float new_max) {
+    return old_max == new_max ? 1.f : ptx::exp2_approx(old_max - new_max);
+  }
+
+  // From the maximum before the present one.
+  __device__ __forceinline__ void rescale_output() {
+    const Rows max = load_max(max_index_);
+    const Rows old = load_max((max_index_ + SharedStorage<P>::kMaxima - 1) %
+                                SharedStorage<P>::kMaxima);
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      const float factor = ratio(old.of_row[i], max.of_row[i]);
+#pragma unroll
+      for (int tile = 0; tile < kHalfTiles; ++tile) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) out_[tile][i / 2 * 4 + 2 * h + i % 2] *= factor;
+      }
+    }
+  }
+
+  // Waits for P of the other warpgroup's block, 0 or 1 of the pair, and takes over its maximum.
+  __device__ __forceinline__ void follow_max(int i) {
+    ptx::mbarrier_wait(&smem_.p_full[i], p_parities_ >> i & 1);
+    if (smem_.max_moved[i]) [[unlikely]] {
+      const Rows old = load_max();
+      max_index_ = (max_index_ + 1) % SharedStorage<P>::kMaxima;
+      const Rows max = load_max();
+#pragma unroll
+      for (int j = 0; j < kThreadRows; ++j) sum_[j] *= ratio(old.of_row[j], max.of_row[j]);
+      rescale_output();
+    }
+  }
+
+  // --- values -----------------------------------------------------------------------------------
+
+  // O^T += V^T P^T of this warpgroup's half, by tiles of 64 columns, of which each warp has 16 side
+  // by side: the even ones are its first 8 rows of an accumulator, the odd ones the others. A tile is
+  // taken in two halves of 32 tokens.
+  template <typename Element, typename Convert>
+  __device__ __forceinline__ void add_values(const Stage& stage, uint64_t p, int group_stride,
+                                             const Convert& convert) {
+    const uint32_t columns = stage.tokens +
+                             (lane_ / 8 * 8 + token_of_row(lane_ % 8)) * Token::kTokenBytes +
+                             (group_ * kHalfTiles * 4 + warp_) * 16;
+    uint32_t raw[4];
+    Operand a[kOperands];
+    ptx::ldmatrix_x4_trans(columns, raw);
+#pragma unroll
+    for (int part = 0; part < 2 * kHalfTiles; ++part) {
+      const int tile = part / 2, half = part % 2;
+      const uint32_t now[4] = {raw[0], raw[1], raw[2], raw[3]};
+      Operand& operand = a[part % kOperands];
+      if (part >= kOperands) wait_for(operand);
+      convert(tile, half, now, operand);
+      if (const int next = part + 1; next < 2 * kHalfTiles) {
+        ptx::ldmatrix_x4_trans(columns + next / 2 * 64 + next % 2 * 32 * Token::kTokenBytes, raw);
+      } else {
+        release(stage.index);
+      }
+      wgmma::fence();
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        wgmma::narrow_rs(
+            Element{}, out_[tile], operand[step],
+            p + wgmma::distance(tile / 2 * group_stride + 64 * half + 32 * step), true);
+      }
+      wgmma::commit();
+    }
+    wait_for_all(a);
+#pragma unroll
+    for (int tile = 0; tile < kHalfTiles; ++tile) wgmma::hold(out_[tile]);
+  }
+
+  __device__ __forceinline__ uint64_t p_descriptor(int i, int group) const {
+    return wgmma::k_major(ptx::smem_address(smem_.p[0][0]) +
+                              i * static_cast<int>(sizeof(smem_.p[0])) +
+                              group * SharedStorage<P>::kTileBytes,
+                          kGroupBytes);
+  }
+
+  __device__ __forceinline__ void values(const Stage& stage, int i) {
+    // Of tokens 8 * m + {0, 4} + lane % 4, the pairs that a lane has.
+    const uint32_t scales = stage.tokens + lane_ % 4 * Token::kTokenBytes + Token::kScalesOffset +
+                            group_ * (kHalfTiles / 2) * 4;
+    add_values<T>(
+        stage, p_descriptor(i, 0), 0,
+        [&](int tile, int half, const uint32_t (&codes)[4], Operand& a) {
+#pragma unroll
+          for (int m = 0; m < 4; ++m) {
+            float scale[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              scale[e] = __uint_as_float(ptx::ld_shared_4(
+                  scales + tile / 2 * 4 + (32 * half + 8 * m + 4 * e) * Token::kTokenBytes));
+            }
+            float2 first, second;  // of a token each
+            codes_to_floats(codes[m], first, second);
+            a[m / 2][m % 2 * 2] = ptx::pack<T>(first.x * scale[0], second.x * scale[1]);
+            a[m / 2][m % 2 * 2 + 1] = ptx::pack<T>(first.y * scale[0], second.y * scale[1]);
+          }
+        });
+  }
+
+  // Divides by kSimpleFactor, exactly: the least code is 2^-9.
+  __device__ __forceinline__ static uint32_t scaled_back(uint32_t pair) {
+    const __half2 x =
+        __hmul2(reinterpret_cast<const __half2&>(pair), __float2half2_rn(1.f / kSimpleFactor));
+    return reinterpret_cast<const uint32_t&>(x);
+  }
+
+  __device__ __forceinline__ void simple_values(const Stage& stage, int i) {
+    add_values<__half>(stage, p_descriptor(i, group_ * (kHalfTiles / 2)),
+                       SharedStorage<P>::kTileBytes,
+                       [](int, int, const uint32_t (&codes)[4], Operand& a) {
+#pragma unroll
+                         for (int m = 0; m < 4; ++m) {
+                           // Both tokens of a column side by side.
+                           uint32_t even, odd;
+                           codes_to_halves(__byte_perm(codes[m], 0, 0x3120), even, odd);
+                           a[m / 2][m % 2 * 2] = scaled_back(even);
+                           a[m / 2][m % 2 * 2 + 1] = scaled_back(odd);
+                         }
+                       });
+  }
+
+  __device__ __forceinline__ void release(int stage) {
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(&smem_.empty[stage]);
+  }
+
+  // --- piece ------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void begin_piece(const schedule::Piece& piece) {
+#pragma unroll
+    for (int tile = 0; tile < kHalfTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < kAccumulators; ++i) out_[tile][i] = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) sum_[i] = 0.f;
+    if constexpr (!P::kSparse) {
+      unmasked_tokens_ = visible_tokens(kp_, piece, smem_.place.row_tile * kRows);
+    }
+    // Another one than that of the last piece, which may still be read.
+    max_index_ = (max_index_ + 1) % SharedStorage<P>::kMaxima;
+    if (group_ == 0 && thread_ < kTileRows) smem_.max[max_index_][thread_] = -INFINITY;
+    prepare_queries(piece);
+  }
+
+  // Writes the queries. Nobody reads those of the last piece any more: the warpgroups have met at
+  // its end.
+  __device__ __forceinline__ void prepare_queries(const schedule::Piece& piece) {
+    constexpr int kWarps = kMathThreads / 32;
+    constexpr int kRowsOfWarp = kTileRows / kWarps;
+    constexpr int kRowsAtOnce = kRowsOfWarp < 4 ? kRowsOfWarp : 4;
+    constexpr int kChunks = P::S::kDim / 8;  // of 16 bytes
+    const int first_row = smem_.place.row_tile * kRows;
+    const int64_t first_row_of_q =
+        (static_cast<int64_t>(piece.request) * kp_.p.slices + smem_.place.slice) * kp_.rows +
+        first_row;
+#pragma unroll 1
+    for (int begin = 0; begin < kRowsOfWarp; begin += kRowsAtOnce) {
+      const int first = (group_ * 4 + warp_) * kRowsOfWarp + begin;
+      uint4 x[kRowsAtOnce][3];
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        const auto* source = reinterpret_cast<const uint4*>(static_cast<const T*>(kp_.p.q)) +
+                             (first_row_of_q + first + i) * kChunks;
+        const bool exists = first_row + first + i < kp_.rows;
+#pragma unroll
+        for (int k = 0; k < 3; ++k) {
+          const bool loads = exists && (k < 2 || lane_ < kChunks - 64);
+          x[i][k] = loads ? source[32 * k + lane_] : uint4{0, 0, 0, 0};
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        const int row = first + i;
+        const uint32_t tile_row = ptx::smem_address(smem_.q[0]) + row * kRowBytes;
+        const uint32_t simple_row = ptx::smem_address(smem_.simple_q[0]) + row * kRowBytes;
+        // As fp16 the largest of a row lies in [2^14, 2^15), but none is made more than 2^40 times
+        // as large. Exponents of float32.
+        const uint32_t most =
+            __reduce_max_sync(0xffffffff, max(largest(x[i][0]), largest(x[i][1])));
+        const int exponent = max(static_cast<int>(most >> 7), 127 + 14 - 40);
+        const float factor = __uint_as_float((2 * 127 + 14 - exponent) << 23);
+        if (lane_ == 0) {
+          smem_.q_factor[row] = most >= 0x7f80 ? NAN : __uint_as_float((exponent - 14) << 23);
+        }
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          // Of 64 columns those of a lane of the keys are 16 side by side, of each step four.
+          const int chunk = 32 * k + lane_;
+          const uint32_t tile = chunk / 8 * SharedStorage<P>::kTileBytes;
+          const int step = chunk % 2 * 2, q = chunk / 2 % 4;
+          store_pairs(x[i][k], tile_row + tile, row, step, q);
+          store_pairs(to_halves(x[i][k], factor), simple_row + tile, row, step, q);
+        }
+        if (lane_ < kChunks - 64) {
+          // Two times 8 side by side, of each step four.
+          store_pairs(x[i][2], tile_row + kLatentTiles * SharedStorage<P>::kTileBytes, row,
+                      lane_ / 4 * 2, lane_ % 4);
+        }
+      }
+    }
+    ptx::fence_proxy_async();
+    barrier_of_groups();
+  }
+
+  // The largest magnitude, as the bits of a bfloat16, of eight.
+  __device__ __forceinline__ static uint32_t largest(const uint4& x) {
+    const uint32_t m = __vmaxu2(__vmaxu2(x.x & 0x7fff7fff, x.y & 0x7fff7fff),
+                                __vmaxu2(x.z & 0x7fff7fff, x.w & 0x7fff7fff));
+    return max(m >> 16, m & 0xffff);
+  }
+
+  // Pairs of bfloat16 times a factor.
+  __device__ __forceinline__ static uint4 to_halves(const uint4& x, float factor) {
+    const auto pair = [factor](uint32_t x) {
+      return ptx::pack<__half>(__uint_as_float(x << 16) * factor,
+                               __uint_as_float(x & 0xffff0000) * factor);
+    };
+    return {pair(x.x), pair(x.y), pair(x.z), pair(x.w)};
+  }
+
+  // Stores 8 columns at the places in `row` of a tile where the products look for what lanes with
+  // `q` = lane % 4 have of the keys in two steps: pairs at 16 * step + {0, 8} + 2 * q.
+  __device__ __forceinline__ static void store_pairs(const uint4& x, uint32_t tile_row, int row,
+                                                     int step, int q) {
+    const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int chunk = 2 * (step + i / 2) + i % 2;
+      ptx::st_shared_4(tile_row + ((chunk ^ (row & 7)) << 4) + 4 * q, pairs[i]);
+    }
+  }
+
+  __device__ __forceinline__ void finish_piece(const schedule::Piece& piece) {
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+#pragma unroll
+      for (int distance = 4; distance <= 16; distance *= 2) {
+        sum_[i] += __shfl_xor_sync(0xffffffff, sum_[i], distance);
+      }
+      if (lane_ < 4) smem_.sums[group_][warp_][row(i)] = sum_[i];
+    }
+    barrier_of_groups();
+    const Rows max = load_max();
+    float sums[kThreadRows];
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      sums[i] = 0.f;
+#pragma unroll
+      for (int warp = 0; warp < 8; ++warp) sums[i] += smem_.sums[warp / 4][warp % 4][row(i)];
+    }
+    if (piece.slot >= 0) {
+      store_partial(piece, max, sums);
+    } else {
+      store_final(piece, max, sums);
+    }
+  }
+
+  __device__ __forceinline__ void store_final(const schedule::Piece& piece, const Rows& max,
+                                              const float (&sums)[kThreadRows]) {
+    const int first_row = smem_.place.row_tile * kRows;
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      const bool valid = first_row + row(r) < kp_.rows;
+      if (!valid) continue;
+      const RowIndex index = row_index(kp_, smem_.place.slice, first_row + row(r));
+      const auto [lse, factor] = final_row(kp_.p, piece.request, index.head, max.of_row[r], sums[r]);
+      uint32_t* out = static_cast<uint32_t*>(kp_.p.out) + out_row(kp_, piece.request, index) * 256 +
+                      group_ * 128 + warp_ * 8 + lane_ / 4;
+#pragma unroll
+      for (int tile = 0; tile < kHalfTiles; ++tile) {
+        const float* x = &out_[tile][r / 2 * 4 + r % 2];
+        out[32 * tile] = ptx::pack<T>(x[0] * factor, x[2] * factor);
+      }
+      if (group_ == 0 && thread_ < 4) kp_.p.lse[lse_index(kp_, piece.request, index)] = lse;
+    }
+  }
+
+  // A thread's two columns of two rows, 8 apart, are what a lane has in the order of the workspace.
+  __device__ __forceinline__ void store_partial(const schedule::Piece& piece, const Rows& max,
+                                                const float (&sums)[kThreadRows]) {
+#pragma unroll
+    for (int slab_of_tile = 0; slab_of_tile < kTileRows / partial::kSlabRows; ++slab_of_tile) {
+      if (smem_.place.row_tile * kRows + slab_of_tile * partial::kSlabRows >= kp_.rows) break;
+      const int64_t slab = partial_slab(kp_, smem_.place, piece, slab_of_tile);
+      // Of its 16 columns in a tile of 64 a warp has two tiles of the workspace.
+      float4* values = reinterpret_cast<float4*>(kp_.p.partial_out) +
+                       slab * (partial::values(512) / 4) +
+                       (group_ * kHalfTiles * 8 + warp_ * 2 + lane_ / 16) * partial::kLanes +
+                       lane_ / 4 % 4;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int line = lane_ % 4 * 2 + e;
+#pragma unroll
+        for (int tile = 0; tile < kHalfTiles; ++tile) {
+          const float* x = &out_[tile][8 * slab_of_tile + e];
+          values[8 * tile * partial::kLanes + 4 * line] = {x[0], x[2], x[4], x[6]};
+        }
+        if (group_ == 0 && thread_ < 4) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int r = 4 * slab_of_tile + 2 * h + e;
+            store_partial_sums(kp_, slab, line, h, {max.of_row[r], sums[r]});
+          }
+        }
+      }
+    }
+  }
+
+  static constexpr int kBarrierMathGroups = kBarrierMathGroup + kMathGroups;
+
+  const KernelParams<P>& kp_;
+  SharedStorage<P>& smem_;
+  int group_;
+  int thread_;  // in the warpgroup
+  int lane_;
+  int warp_;
+
+  float out_[kHalfTiles][kAccumulators];
+  float sum_[kThreadRows];  // of this thread's tokens of this warpgroup's blocks
+  float scale_log2_;
+  int unmasked_tokens_;      // no row is masked before this token
+  int max_index_ = 0;        // of the maximum that the results have been compared with
+  int number_ = 0;           // of the pair's first block, in the part
+  uint32_t p_parities_ = 0;  // of an even and of an odd block, a bit each
+};
+
+}  // namespace flashmla::sm90::fp8_decode
