@@ -159,6 +159,16 @@ __device__ __forceinline__ void tma_load_4d(void* destination, const CUtensorMap
       : "memory");
 }
 
+// A multiple of 16 bytes, at multiples of 16, to shared memory; completes `barrier` by as many.
+__device__ __forceinline__ void bulk_load(uint32_t destination, const void* source, uint32_t bytes,
+                                          uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(destination),
+      "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
+      : "memory");
+}
+
 // 16 bytes to shared memory, or 16 zero bytes without reading `source` if !valid.
 __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination),
@@ -193,12 +203,6 @@ __device__ __forceinline__ void cp_async_wait() {
 
 __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-// Arrives at a barrier once this thread's copies so far have landed. Counts as an arrival.
-__device__ __forceinline__ void cp_async_arrive(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier))
-               : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements from registers in the mma fragment layout; lane i gives

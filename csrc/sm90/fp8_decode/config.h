@@ -8,7 +8,7 @@ namespace flashmla::sm90::fp8_decode {
 
 using namespace decode;
 
-// An attention problem as the kernels see it, in tiles of kTileRows rows: 16, 32 or 64.
+// An attention problem as the kernels see it, with up to kTileRows rows: 16 or 32.
 template <bool kSparse_, int kTileRows_>
 struct Problem {
   using T = __nv_bfloat16;
@@ -17,16 +17,21 @@ struct Problem {
   static constexpr int kTileRows = kTileRows_;
   using Params = std::conditional_t<kSparse, SparseDecodeParams, DenseDecodeParams>;
 
+  static constexpr int kMathGroups = 2;
+  static constexpr int kMathThreads = kMathGroups * 128;
   static constexpr int kLoadThreads = 128;
   static constexpr int kLoadWarps = kLoadThreads / 32;
   static constexpr int kThreads = kMathThreads + kLoadThreads;
   static constexpr bool kPaired = false;
   static constexpr int kClusterCtas = 1;
-  static constexpr int kMathRegisters = 224;
-  static constexpr int kLoadRegisters = 3 * 168 - 2 * kMathRegisters;
+  // A thread, of the 65,536 of a multiprocessor.
+  static constexpr int kLoadRegisters = 56;
+  static constexpr int kMathRegisters = (512 - kLoadRegisters) / kMathGroups / 8 * 8;
 
   // Blocks in shared memory at once: as many as there is room for.
-  static constexpr int kStages = kTileRows_ == 16 ? 4 : 3;
+  static constexpr int kStages = kTileRows == 16 ? 4 : 3;
+  // Operands in registers at once.
+  static constexpr int kOperands = kTileRows == 16 ? 4 : 2;
 };
 
 // A token of the V3.2 format, as it lies in the cache: codes of 512 latent columns in groups that
@@ -35,7 +40,7 @@ struct Problem {
 using Token = fp8_formats::V32;
 constexpr int kGroups = 4;
 constexpr int kLatentTiles = 8;  // of 64 columns
-constexpr int kHalfTiles = kLatentTiles / kMathGroups;
+constexpr int kHalfTiles = kLatentTiles / 2;
 constexpr int kBlockBytes = kTokens * Token::kTokenBytes;
 static_assert(Token::kTokenBytes / 16 % 2 == 1);
 

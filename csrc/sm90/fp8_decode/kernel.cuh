@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(P::kThreads, 1)
 
   if (!begin_cta<P>(kp, smem)) return;
 
-  if (warpgroup == kMathGroups) {
+  if (warpgroup == P::kMathGroups) {
     ptx::setmaxnreg_dec<P::kLoadRegisters>();
     Loader<P>(kp, smem).run();
   } else {

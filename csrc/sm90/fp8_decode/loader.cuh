@@ -13,6 +13,7 @@ class Loader : TokenFinder<P, CacheFormat::kFp8V32> {
   using Base = TokenFinder<P, CacheFormat::kFp8V32>;
   using Base::first_token_;
   using Base::kLaneTokens;
+  using Base::kWarpTokens;
   using Base::lane_;
   using Base::smem_;
   using typename Base::Tokens;
@@ -38,10 +39,12 @@ class Loader : TokenFinder<P, CacheFormat::kFp8V32> {
       Base::load_entries(next, entries);
 
       ptx::mbarrier_wait(&smem_.empty[stage], parity);
-      copy(stage, tokens);
       Base::set_mark(stage, mark);
-      ptx::cp_async_arrive(&smem_.full[stage]);
-      if (lane_ == 0) ptx::mbarrier_arrive(&smem_.full[stage]);
+      if (lane_ == 0) {
+        ptx::mbarrier_arrive_expect_tx(&smem_.full[stage], kWarpTokens * Token::kTokenBytes);
+      }
+      __syncwarp();
+      copy(stage, tokens);
       if (++stage == P::kStages) {
         stage = 0;
         parity ^= 1;
@@ -50,25 +53,19 @@ class Loader : TokenFinder<P, CacheFormat::kFp8V32> {
   }
 
  private:
+  // One copy for each token.
   __device__ __forceinline__ void copy(int stage, const Tokens& tokens) {
+    if (lane_ % 8 != 0) return;
     const uint32_t first = ptx::smem_address(smem_.tokens[stage]) +
                            (first_token_ + lane_ / 8) * Token::kTokenBytes;
-    const int chunk = lane_ % 8 * 16;
 #pragma unroll
     for (int i = 0; i < kLaneTokens; ++i) {
-      const uint32_t target = first + 4 * i * Token::kTokenBytes;
-      const uint8_t* token = tokens.token[i];
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        ptx::cp_async_16(target + group * 128 + chunk, token + group * 128 + chunk, true);
-      }
-      ptx::cp_async_16(target + Token::kRopeOffset + chunk, token + Token::kRopeOffset + chunk,
-                       true);
-      if (lane_ % 8 == i) {
-        ptx::cp_async_16(target + Token::kScalesOffset, token + Token::kScalesOffset, true);
-      }
+      ptx::bulk_load(first + 4 * i * Token::kTokenBytes, tokens.token[i], Token::kTokenBytes,
+                     &smem_.full[stage], policy_);
     }
   }
+
+  const uint64_t policy_ = ptx::evict_first_policy();
 };
 
 }  // namespace flashmla::sm90::fp8_decode

@@ -1,12 +1,11 @@
 // The math warpgroups of decode over FP8 caches.
 //
 // Scores and values are computed transposed: tokens, or columns of the values, are the 64 rows of a
-// product, and the rows of the problem its 16, 32 or 64 columns. So the keys are the operand that
-// comes from registers, and FP8 codes need not be written anywhere once they are converted.
+// product, and the rows of the problem its 16 or 32 columns. So the keys are the operand that comes
+// from registers, and FP8 codes need not be written anywhere once they are converted.
 //
-// Warpgroup 0 has the scores of even blocks and the left half of the output columns, warpgroup 1
-// those of odd blocks and the right half. Each multiplies both P tiles with its half of the values,
-// in block order, so the running maximum only ever moves forward.
+// The warpgroups share nothing but the queries while a piece lasts: they take blocks in turn, and
+// each has a maximum, sums and results of its own, which are added up at its end.
 #pragma once
 
 #include "sm90/fp8_decode/storage.cuh"
@@ -58,20 +57,26 @@ class MathGroup {
   __device__ __forceinline__ void run() {
     constexpr float kLog2e = 1.4426950408889634f;
     scale_log2_ = kp_.p.softmax_scale * kLog2e;
-    PieceWalk<P> walk(kp_.p, smem_.place.part);
-    schedule::Piece piece;
-    while (walk.next(kp_.p, piece)) {
+    auto& [walk, piece, more] = smem_.pieces[group_];
+    if (thread_ == 0) new (walk) PieceWalk<P>(kp_.p, smem_.place.part);
+    while (true) {
+      // In shared memory, since registers are scarce.
+      if (thread_ == 0) more = reinterpret_cast<PieceWalk<P>*>(walk)->next(kp_.p, piece);
+      barrier_of_group();
+      if (!more) break;
       if (piece.first_block >= piece.end_block) {
         store_empty(kp_, smem_.place, piece, group_, thread_);
-        continue;
-      }
-      begin_piece(piece);
+      } else {
+        begin_piece(piece);
+        const int end = piece.end_block;
 #pragma unroll 1
-      for (int block = piece.first_block; block < piece.end_block; block += kMathGroups) {
-        attend(piece, block);
-        number_ += min(piece.end_block - block, kMathGroups);
+        for (int block = piece.first_block + group_; block < end; block += P::kMathGroups) {
+          attend(piece, block);
+        }
+        number_ += end - piece.first_block;
+        finish_piece(piece);
       }
-      finish_piece(piece);
+      barrier_of_group();
     }
   }
 
@@ -80,7 +85,7 @@ class MathGroup {
     ptx::named_barrier_sync(kBarrierMathGroup + group_, 128);
   }
   __device__ __forceinline__ void barrier_of_groups() const {
-    ptx::named_barrier_sync(kBarrierMathGroups, kMathThreads);
+    ptx::named_barrier_sync(kBarrierMathGroups, P::kMathThreads);
   }
 
   // This thread's row i of the tile.
@@ -92,64 +97,28 @@ class MathGroup {
 
   // --- blocks -----------------------------------------------------------------------------------
 
-  struct Stage {
-    int index;
-    uint32_t parity;
-    uint32_t tokens;
-  };
-  // Of block i of the pair.
-  __device__ __forceinline__ Stage stage(int i) const {
-    const int number = number_ + i;
-    const int index = number % P::kStages;
-    return {index, static_cast<uint32_t>(number / P::kStages & 1),
-            ptx::smem_address(smem_.tokens[0]) + index * kBlockBytes};
-  }
-
-  // A pair of blocks, or the last one.
   __device__ __forceinline__ void attend(const schedule::Piece& piece, int block) {
-    const int blocks = min(piece.end_block - block, kMathGroups);
-    const bool has_own = group_ < blocks;
-    float s[kAccumulators];
+    const int number = number_ + block - piece.first_block;
+    const int stage = number % P::kStages;
+    const uint32_t tokens = ptx::smem_address(smem_.tokens[0]) + stage * kBlockBytes;
+    ptx::mbarrier_wait(&smem_.full[stage], number / P::kStages & 1);
     float4 scales[2];
-    bool simple = false;
-    bool moves = false;
-    if (has_own) {
-      const Stage own = stage(group_);
-      ptx::mbarrier_wait(&smem_.full[own.index], own.parity);
-      load_scales(own.tokens, scales);
-      simple = are_simple(scales);
-      if (simple) {
-        simple_scores(own.tokens, scales, s);
-      } else {
-        scores(own.tokens, scales, s);
-      }
-      mask(piece, block + group_, smem_.marks[own.index], s);
+    load_scales(tokens, scales);
+    float s[kAccumulators];
+    // Here all warps are done with the last P, too.
+    const bool simple = are_simple(scales);
+    if (simple) {
+      simple_scores(tokens, scales, s);
+    } else {
+      scores(tokens, scales, s);
     }
-    if (group_ == 1) follow_max(0);
-    if (has_own) moves = softmax(s, scales, simple);
-#pragma unroll 1
-    for (int i = 0; i < blocks; ++i) {
-      const Stage stage = this->stage(i);
-      // To see what has been copied: it was the other warpgroup that waited for it.
-      ptx::mbarrier_wait(&smem_.full[stage.index], stage.parity);
-      if (i == group_) {
-        barrier_of_group();  // P of all warps
-        if (moves) rescale_output();
-      } else if (i == 1) {
-        follow_max(1);
-      }
-      if (smem_.p_is_simple[i]) {
-        simple_values(stage, i);
-      } else {
-        values(stage, i);
-      }
-      if (i != group_) {
-        __syncwarp();
-        if (lane_ == 0) ptx::mbarrier_arrive(&smem_.p_empty[i]);
-      }
+    mask(piece, block, smem_.marks[stage], s);
+    softmax(s, scales, simple);
+    if (simple) {
+      simple_values(tokens, stage);
+    } else {
+      values(tokens, stage);
     }
-    // Of each P that this pair had.
-    p_parities_ ^= blocks == kMathGroups ? 3 : 1;
   }
 
   // --- scores -----------------------------------------------------------------------------------
@@ -166,7 +135,7 @@ class MathGroup {
   // Operands from registers for two steps of a product. There are several: while the products with
   // others run, one is made.
   using Operand = uint32_t[2][4];
-  static constexpr int kOperands = 4;
+  static constexpr int kOperands = P::kOperands;
 
   __device__ __forceinline__ static void wait_for(Operand& a) {
     wgmma::wait<kOperands - 1>();
@@ -249,7 +218,9 @@ class MathGroup {
     const uint32_t q = ptx::smem_address(smem_.simple_q[0]);
     Operand a[kOperands];
     rope_scores(chunks, a, s);
-    float t[2][kAccumulators];
+    // Of several groups where there are registers for that.
+    constexpr int kSums = kTileRows == 16 ? 2 : 1;
+    float t[kSums][kAccumulators];
     Raw raw = load_raw(chunks);
 #pragma unroll
     for (int tile = 0; tile < kLatentTiles; ++tile) {
@@ -260,19 +231,19 @@ class MathGroup {
       for (int i = 0; i < 2; ++i) {
         Operand& operand = a[(2 * tile + i + 2) % kOperands];
         if (2 * tile + i + 2 >= kOperands) wait_for(operand);
-        if (2 * (tile % 2) + i == kOperands - 1) {
-          // So many operands later the last product of the group before has ended.
-          if (group == 0) {
-            wgmma::hold(s);
-            const Rows factors = load_rows(smem_.q_factor);
+        if (group == 0 && 2 * tile + i == kOperands - 1) {
+          // So many operands ago were the RoPE columns.
+          wgmma::hold(s);
+          const Rows factors = load_rows(smem_.q_factor);
 #pragma unroll
-            for (int j = 0; j < kAccumulators; ++j) {
-              s[j] *= inverse_power(factors.of_row[row_of(j)]);
-            }
-          } else {
-            wgmma::hold(t[(group - 1) % 2]);
-            add_scaled(scales, group - 1, t[(group - 1) % 2], s);
+          for (int j = 0; j < kAccumulators; ++j) {
+            s[j] *= inverse_power(factors.of_row[row_of(j)]);
           }
+        }
+        if (group > 0 && 2 * (tile % 2) + i == (kSums == 1 ? 0 : kOperands - 1)) {
+          if (kSums == 1) wgmma::wait<0>();
+          wgmma::hold(t[(group - 1) % kSums]);
+          add_scaled(scales, group - 1, t[(group - 1) % kSums], s);
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -282,13 +253,13 @@ class MathGroup {
                             operand[step][h + 2]);
           }
         }
-        issue_scores<__half>(operand, q + tile * SharedStorage<P>::kTileBytes + 64 * i, t[group % 2],
+        issue_scores<__half>(operand, q + tile * SharedStorage<P>::kTileBytes + 64 * i, t[group % kSums],
                              tile % 2 + i > 0);
       }
     }
     wait_for_all(a);
-    wgmma::hold(t[(kGroups - 1) % 2]);
-    add_scaled(scales, kGroups - 1, t[(kGroups - 1) % 2], s);
+    wgmma::hold(t[(kGroups - 1) % kSums]);
+    add_scaled(scales, kGroups - 1, t[(kGroups - 1) % kSums], s);
     const Rows factors = load_rows(smem_.q_factor);
 #pragma unroll
     for (int i = 0; i < kAccumulators; ++i) s[i] *= factors.of_row[row_of(i)];
@@ -423,8 +394,6 @@ class MathGroup {
     }
     return rows;
   }
-  __device__ __forceinline__ Rows load_max() const { return load_max(max_index_); }
-  __device__ __forceinline__ Rows load_max(int index) const { return load_rows(smem_.max[index]); }
 
   // Weights are at most 2^kSlack before the maximum is moved: as exact as up to 1, and the output
   // need hardly ever be rescaled. With simple scales they are multiplied with 2^8, too: so they are
@@ -432,35 +401,26 @@ class MathGroup {
   static constexpr float kSlack = 4.f;
   static constexpr float kSimpleFactor = 256.f;
 
-  // Turns s into P of the own block, sums up, and stores P, rounded. Returns whether the maximum
-  // moved: the results are still to be rescaled then.
-  __device__ __forceinline__ bool softmax(float (&s)[kAccumulators], const float4 (&scales)[2],
+  // Turns s into P, sums up, and stores P, rounded.
+  __device__ __forceinline__ void softmax(float (&s)[kAccumulators], const float4 (&scales)[2],
                                           bool simple) {
     const float multiplier = scale_log2_ > 0.f ? scale_log2_ : 1.f;
-    Rows max = load_max();
     bool exceeds = false;
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
       const int first = i / 2 * 4 + i % 2;
-      exceeds |= fmaxf(s[first], s[first + 2]) * multiplier > max.of_row[i] + kSlack;
+      exceeds |= fmaxf(s[first], s[first + 2]) * multiplier > max_[i] + kSlack;
     }
-    const bool moves = ptx::named_barrier_or(kBarrierMathGroup + group_, 128, exceeds);
-    if (moves) [[unlikely]] {
-      move_max(s, multiplier, max);
-    }
-    if (thread_ == 0) {
-      smem_.max_moved[group_] = moves;
-      smem_.p_is_simple[group_] = simple;
+    if (ptx::named_barrier_or(kBarrierMathGroup + group_, 128, exceeds)) [[unlikely]] {
+      move_max(s, multiplier);
     }
 #pragma unroll
     for (int i = 0; i < kAccumulators; ++i) {
       const int r = row_of(i);
-      s[i] = ptx::exp2_approx(fmaf(s[i], multiplier, -finite_max(max.of_row[r])));
+      s[i] = ptx::exp2_approx(fmaf(s[i], multiplier, -finite_max(max_[r])));
       sum_[r] += s[i];
     }
-    ptx::mbarrier_wait(&smem_.p_empty[group_], (p_parities_ >> group_ & 1) ^ 1);
-    const uint32_t p = ptx::smem_address(smem_.p[0][0]) +
-                       group_ * static_cast<int>(sizeof(smem_.p[0]));
+    const uint32_t p = p_address();
     if (simple) {
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
@@ -472,8 +432,11 @@ class MathGroup {
       store_p<T>(p, s, 1.f, 1.f);
     }
     ptx::fence_proxy_async();
-    ptx::mbarrier_arrive(&smem_.p_full[group_]);
-    return moves;
+    barrier_of_group();
+  }
+
+  __device__ __forceinline__ uint32_t p_address() const {
+    return ptx::smem_address(smem_.p[0][0]) + group_ * static_cast<int>(sizeof(smem_.p[0]));
   }
 
   // Times a scale for each of the thread's two tokens.
@@ -499,8 +462,8 @@ class MathGroup {
   }
 
   // Moves the maximum of the rows that exceed it by too much.
-  __device__ __forceinline__ void move_max(const float (&s)[kAccumulators], float multiplier,
-                                           Rows& max) {
+  __device__ __forceinline__ void move_max(const float (&s)[kAccumulators], float multiplier) {
+    float (&warp_max)[4][kTileRows] = smem_.warp_max[group_];
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
       const int first = i / 2 * 4 + i % 2;
@@ -509,84 +472,52 @@ class MathGroup {
       for (int distance = 4; distance <= 16; distance *= 2) {
         x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, distance));
       }
-      if (lane_ < 4) smem_.warp_max[warp_][row(i)] = x;
+      if (lane_ < 4) warp_max[warp_][row(i)] = x;
     }
     barrier_of_group();
-    if (thread_ < kTileRows) {
-      float x = smem_.warp_max[0][thread_];
-#pragma unroll
-      for (int warp = 1; warp < 4; ++warp) x = fmaxf(x, smem_.warp_max[warp][thread_]);
-      const float old = smem_.max[max_index_][thread_];
-      smem_.max[(max_index_ + 1) % SharedStorage<P>::kMaxima][thread_] =
-          x > old + kSlack ? x : old;
-    }
-    barrier_of_group();
-    max_index_ = (max_index_ + 1) % SharedStorage<P>::kMaxima;
-    const Rows next = load_max();
-#pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) sum_[i] *= ratio(max.of_row[i], next.of_row[i]);
-    max = next;
-  }
-
-  // What turns weights below one maximum into weights below a later one.
-  __device__ __forceinline__ static float ratio(float old_max, float new_max) {
-    return old_max == new_max ? 1.f : ptx::exp2_approx(old_max - new_max);
-  }
-
-  // From the maximum before the present one.
-  __device__ __forceinline__ void rescale_output() {
-    const Rows max = load_max(max_index_);
-    const Rows old = load_max((max_index_ + SharedStorage<P>::kMaxima - 1) %
-                                SharedStorage<P>::kMaxima);
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
-      const float factor = ratio(old.of_row[i], max.of_row[i]);
+      float max = warp_max[0][row(i)];
 #pragma unroll
-      for (int tile = 0; tile < kHalfTiles; ++tile) {
+      for (int warp = 1; warp < 4; ++warp) max = fmaxf(max, warp_max[warp][row(i)]);
+      if (!(max > max_[i] + kSlack)) continue;
+      const float factor = ptx::exp2_approx(max_[i] - max);
+      max_[i] = max;
+      sum_[i] *= factor;
+#pragma unroll
+      for (int tile = 0; tile < kLatentTiles; ++tile) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) out_[tile][i / 2 * 4 + 2 * h + i % 2] *= factor;
       }
     }
   }
 
-  // Waits for P of the other warpgroup's block, 0 or 1 of the pair, and takes over its maximum.
-  __device__ __forceinline__ void follow_max(int i) {
-    ptx::mbarrier_wait(&smem_.p_full[i], p_parities_ >> i & 1);
-    if (smem_.max_moved[i]) [[unlikely]] {
-      const Rows old = load_max();
-      max_index_ = (max_index_ + 1) % SharedStorage<P>::kMaxima;
-      const Rows max = load_max();
-#pragma unroll
-      for (int j = 0; j < kThreadRows; ++j) sum_[j] *= ratio(old.of_row[j], max.of_row[j]);
-      rescale_output();
-    }
-  }
-
   // --- values -----------------------------------------------------------------------------------
 
-  // O^T += V^T P^T of this warpgroup's half, by tiles of 64 columns, of which each warp has 16 side
-  // by side: the even ones are its first 8 rows of an accumulator, the odd ones the others. A tile is
-  // taken in two halves of 32 tokens.
+  // O^T += V^T P^T, by tiles of 64 columns, of which each warp has 16 side by side: the even ones
+  // are its first 8 rows of an accumulator, the odd ones the others. A tile is taken in two halves
+  // of 32 tokens.
   template <typename Element, typename Convert>
-  __device__ __forceinline__ void add_values(const Stage& stage, uint64_t p, int group_stride,
+  __device__ __forceinline__ void add_values(uint32_t tokens, int stage, int group_stride,
                                              const Convert& convert) {
-    const uint32_t columns = stage.tokens +
+    const uint32_t columns = tokens +
                              (lane_ / 8 * 8 + token_of_row(lane_ % 8)) * Token::kTokenBytes +
-                             (group_ * kHalfTiles * 4 + warp_) * 16;
+                             warp_ * 16;
+    const uint64_t p = wgmma::k_major(p_address(), kGroupBytes);
     uint32_t raw[4];
     Operand a[kOperands];
     ptx::ldmatrix_x4_trans(columns, raw);
 #pragma unroll
-    for (int part = 0; part < 2 * kHalfTiles; ++part) {
+    for (int part = 0; part < 2 * kLatentTiles; ++part) {
       const int tile = part / 2, half = part % 2;
       const uint32_t now[4] = {raw[0], raw[1], raw[2], raw[3]};
       Operand& operand = a[part % kOperands];
       if (part >= kOperands) wait_for(operand);
       convert(tile, half, now, operand);
-      if (const int next = part + 1; next < 2 * kHalfTiles) {
+      if (const int next = part + 1; next < 2 * kLatentTiles) {
         ptx::ldmatrix_x4_trans(columns + next / 2 * 64 + next % 2 * 32 * Token::kTokenBytes, raw);
       } else {
-        release(stage.index);
+        release(stage);
       }
       wgmma::fence();
 #pragma unroll
@@ -599,22 +530,14 @@ class MathGroup {
     }
     wait_for_all(a);
 #pragma unroll
-    for (int tile = 0; tile < kHalfTiles; ++tile) wgmma::hold(out_[tile]);
+    for (int tile = 0; tile < kLatentTiles; ++tile) wgmma::hold(out_[tile]);
   }
 
-  __device__ __forceinline__ uint64_t p_descriptor(int i, int group) const {
-    return wgmma::k_major(ptx::smem_address(smem_.p[0][0]) +
-                              i * static_cast<int>(sizeof(smem_.p[0])) +
-                              group * SharedStorage<P>::kTileBytes,
-                          kGroupBytes);
-  }
-
-  __device__ __forceinline__ void values(const Stage& stage, int i) {
+  __device__ __forceinline__ void values(uint32_t tokens, int stage) {
     // Of tokens 8 * m + {0, 4} + lane % 4, the pairs that a lane has.
-    const uint32_t scales = stage.tokens + lane_ % 4 * Token::kTokenBytes + Token::kScalesOffset +
-                            group_ * (kHalfTiles / 2) * 4;
+    const uint32_t scales = tokens + lane_ % 4 * Token::kTokenBytes + Token::kScalesOffset;
     add_values<T>(
-        stage, p_descriptor(i, 0), 0,
+        tokens, stage, 0,
         [&](int tile, int half, const uint32_t (&codes)[4], Operand& a) {
 #pragma unroll
           for (int m = 0; m < 4; ++m) {
@@ -639,9 +562,8 @@ class MathGroup {
     return reinterpret_cast<const uint32_t&>(x);
   }
 
-  __device__ __forceinline__ void simple_values(const Stage& stage, int i) {
-    add_values<__half>(stage, p_descriptor(i, group_ * (kHalfTiles / 2)),
-                       SharedStorage<P>::kTileBytes,
+  __device__ __forceinline__ void simple_values(uint32_t tokens, int stage) {
+    add_values<__half>(tokens, stage, SharedStorage<P>::kTileBytes,
                        [](int, int, const uint32_t (&codes)[4], Operand& a) {
 #pragma unroll
                          for (int m = 0; m < 4; ++m) {
@@ -663,35 +585,33 @@ class MathGroup {
 
   __device__ __forceinline__ void begin_piece(const schedule::Piece& piece) {
 #pragma unroll
-    for (int tile = 0; tile < kHalfTiles; ++tile) {
+    for (int tile = 0; tile < kLatentTiles; ++tile) {
 #pragma unroll
       for (int i = 0; i < kAccumulators; ++i) out_[tile][i] = 0.f;
     }
 #pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) sum_[i] = 0.f;
+    for (int i = 0; i < kThreadRows; ++i) {
+      max_[i] = -INFINITY;
+      sum_[i] = 0.f;
+    }
     if constexpr (!P::kSparse) {
       unmasked_tokens_ = visible_tokens(kp_, piece, smem_.place.row_tile * kRows);
     }
-    // Another one than that of the last piece, which may still be read.
-    max_index_ = (max_index_ + 1) % SharedStorage<P>::kMaxima;
-    if (group_ == 0 && thread_ < kTileRows) smem_.max[max_index_][thread_] = -INFINITY;
     prepare_queries(piece);
   }
 
   // Writes the queries. Nobody reads those of the last piece any more: the warpgroups have met at
   // its end.
   __device__ __forceinline__ void prepare_queries(const schedule::Piece& piece) {
-    constexpr int kWarps = kMathThreads / 32;
-    constexpr int kRowsOfWarp = kTileRows / kWarps;
-    constexpr int kRowsAtOnce = kRowsOfWarp < 4 ? kRowsOfWarp : 4;
+    constexpr int kRowsAtOnce = 2;
     constexpr int kChunks = P::S::kDim / 8;  // of 16 bytes
     const int first_row = smem_.place.row_tile * kRows;
     const int64_t first_row_of_q =
         (static_cast<int64_t>(piece.request) * kp_.p.slices + smem_.place.slice) * kp_.rows +
         first_row;
 #pragma unroll 1
-    for (int begin = 0; begin < kRowsOfWarp; begin += kRowsAtOnce) {
-      const int first = (group_ * 4 + warp_) * kRowsOfWarp + begin;
+    for (int first = (group_ * 4 + warp_) * kRowsAtOnce; first < kTileRows;
+         first += P::kMathGroups * 4 * kRowsAtOnce) {
       uint4 x[kRowsAtOnce][3];
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce; ++i) {
@@ -766,6 +686,7 @@ class MathGroup {
     }
   }
 
+  // The first two warpgroups add up what all have, each for half of the columns, and store it.
   __device__ __forceinline__ void finish_piece(const schedule::Piece& piece) {
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
@@ -773,76 +694,138 @@ class MathGroup {
       for (int distance = 4; distance <= 16; distance *= 2) {
         sum_[i] += __shfl_xor_sync(0xffffffff, sum_[i], distance);
       }
-      if (lane_ < 4) smem_.sums[group_][warp_][row(i)] = sum_[i];
+      if (lane_ < 4) {
+        smem_.sums[group_][warp_][row(i)] = sum_[i];
+        if (warp_ == 0) smem_.maxima[group_][row(i)] = max_[i];
+      }
     }
-    barrier_of_groups();
-    const Rows max = load_max();
-    float sums[kThreadRows];
+    barrier_of_groups();  // The queries, whose place is taken now, have been read.
+    Rows max, sums, factors[P::kMathGroups];
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
-      sums[i] = 0.f;
+      max.of_row[i] = smem_.maxima[0][row(i)];
 #pragma unroll
-      for (int warp = 0; warp < 8; ++warp) sums[i] += smem_.sums[warp / 4][warp % 4][row(i)];
+      for (int g = 1; g < P::kMathGroups; ++g) {
+        max.of_row[i] = fmaxf(max.of_row[i], smem_.maxima[g][row(i)]);
+      }
+      sums.of_row[i] = 0.f;
+#pragma unroll
+      for (int g = 0; g < P::kMathGroups; ++g) {
+        factors[g].of_row[i] =
+            ptx::exp2_approx(smem_.maxima[g][row(i)] - finite_max(max.of_row[i]));
+        float sum = smem_.sums[g][0][row(i)];
+#pragma unroll
+        for (int warp = 1; warp < 4; ++warp) sum += smem_.sums[g][warp][row(i)];
+        sums.of_row[i] += sum * factors[g].of_row[i];
+      }
+    }
+    finish_half<0>(piece, max, sums, factors);
+    barrier_of_groups();
+    finish_half<1>(piece, max, sums, factors);
+  }
+
+  // Warpgroup kHalf gets the results of that half of the columns from the others, and stores them.
+  template <int kHalf>
+  __device__ __forceinline__ void finish_half(const schedule::Piece& piece, const Rows& max,
+                                              const Rows& sums,
+                                              const Rows (&factors)[P::kMathGroups]) {
+    auto& exchange = reinterpret_cast<float4 (&)[P::kMathGroups - 1][kHalfTiles][kTileRows / 8]
+                                                [128]>(smem_.q);
+    static_assert(sizeof(exchange) <= sizeof(smem_.q) + sizeof(smem_.simple_q));
+    if (group_ != kHalf) {
+      const int place = group_ < kHalf ? group_ : group_ - 1;
+#pragma unroll
+      for (int tile = 0; tile < kHalfTiles; ++tile) {
+#pragma unroll
+        for (int j = 0; j < kTileRows / 8; ++j) {
+          const float* x = &out_[kHalf * kHalfTiles + tile][4 * j];
+          exchange[place][tile][j][thread_] = {x[0], x[1], x[2], x[3]};
+        }
+      }
+    }
+    barrier_of_groups();
+    if (group_ != kHalf) return;
+#pragma unroll
+    for (int tile = 0; tile < kHalfTiles; ++tile) {
+#pragma unroll
+      for (int j = 0; j < kTileRows / 8; ++j) {
+        float* out = &out_[kHalf * kHalfTiles + tile][4 * j];
+        float total[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int g = 0; g < P::kMathGroups; ++g) {
+          float4 other;
+          if (g != kHalf) other = exchange[g < kHalf ? g : g - 1][tile][j][thread_];
+          const float x[4] = {g == kHalf ? out[0] : other.x, g == kHalf ? out[1] : other.y,
+                              g == kHalf ? out[2] : other.z, g == kHalf ? out[3] : other.w};
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            total[k] = fmaf(x[k], factors[g].of_row[2 * j + k % 2], total[k]);
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) out[k] = total[k];
+      }
     }
     if (piece.slot >= 0) {
-      store_partial(piece, max, sums);
+      store_partial<kHalf>(piece, max, sums);
     } else {
-      store_final(piece, max, sums);
+      store_final<kHalf>(piece, max, sums);
     }
   }
 
+  template <int kHalf>
   __device__ __forceinline__ void store_final(const schedule::Piece& piece, const Rows& max,
-                                              const float (&sums)[kThreadRows]) {
-    const int first_row = smem_.place.row_tile * kRows;
+                                              const Rows& sums) {
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
-      const bool valid = first_row + row(r) < kp_.rows;
-      if (!valid) continue;
-      const RowIndex index = row_index(kp_, smem_.place.slice, first_row + row(r));
-      const auto [lse, factor] = final_row(kp_.p, piece.request, index.head, max.of_row[r], sums[r]);
+      if (row(r) >= kp_.rows) continue;
+      const RowIndex index = row_index(kp_, smem_.place.slice, row(r));
+      const auto [lse, factor] =
+          final_row(kp_.p, piece.request, index.head, max.of_row[r], sums.of_row[r]);
       uint32_t* out = static_cast<uint32_t*>(kp_.p.out) + out_row(kp_, piece.request, index) * 256 +
-                      group_ * 128 + warp_ * 8 + lane_ / 4;
+                      kHalf * 128 + warp_ * 8 + lane_ / 4;
 #pragma unroll
       for (int tile = 0; tile < kHalfTiles; ++tile) {
-        const float* x = &out_[tile][r / 2 * 4 + r % 2];
+        const float* x = &out_[kHalf * kHalfTiles + tile][r / 2 * 4 + r % 2];
         out[32 * tile] = ptx::pack<T>(x[0] * factor, x[2] * factor);
       }
-      if (group_ == 0 && thread_ < 4) kp_.p.lse[lse_index(kp_, piece.request, index)] = lse;
+      if (kHalf == 0 && thread_ < 4) kp_.p.lse[lse_index(kp_, piece.request, index)] = lse;
     }
   }
 
   // A thread's two columns of two rows, 8 apart, are what a lane has in the order of the workspace.
+  template <int kHalf>
   __device__ __forceinline__ void store_partial(const schedule::Piece& piece, const Rows& max,
-                                                const float (&sums)[kThreadRows]) {
+                                                const Rows& sums) {
 #pragma unroll
     for (int slab_of_tile = 0; slab_of_tile < kTileRows / partial::kSlabRows; ++slab_of_tile) {
-      if (smem_.place.row_tile * kRows + slab_of_tile * partial::kSlabRows >= kp_.rows) break;
+      if (slab_of_tile * partial::kSlabRows >= kp_.rows) break;
       const int64_t slab = partial_slab(kp_, smem_.place, piece, slab_of_tile);
       // Of its 16 columns in a tile of 64 a warp has two tiles of the workspace.
       float4* values = reinterpret_cast<float4*>(kp_.p.partial_out) +
                        slab * (partial::values(512) / 4) +
-                       (group_ * kHalfTiles * 8 + warp_ * 2 + lane_ / 16) * partial::kLanes +
+                       (kHalf * kHalfTiles * 8 + warp_ * 2 + lane_ / 16) * partial::kLanes +
                        lane_ / 4 % 4;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int line = lane_ % 4 * 2 + e;
 #pragma unroll
         for (int tile = 0; tile < kHalfTiles; ++tile) {
-          const float* x = &out_[tile][8 * slab_of_tile + e];
+          const float* x = &out_[kHalf * kHalfTiles + tile][8 * slab_of_tile + e];
           values[8 * tile * partial::kLanes + 4 * line] = {x[0], x[2], x[4], x[6]};
         }
-        if (group_ == 0 && thread_ < 4) {
+        if (kHalf == 0 && thread_ < 4) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int r = 4 * slab_of_tile + 2 * h + e;
-            store_partial_sums(kp_, slab, line, h, {max.of_row[r], sums[r]});
+            store_partial_sums(kp_, slab, line, h, {max.of_row[r], sums.of_row[r]});
           }
         }
       }
     }
   }
 
-  static constexpr int kBarrierMathGroups = kBarrierMathGroup + kMathGroups;
+  static constexpr int kBarrierMathGroups = kBarrierMathGroup + P::kMathGroups;
 
   const KernelParams<P>& kp_;
   SharedStorage<P>& smem_;
@@ -851,13 +834,12 @@ class MathGroup {
   int lane_;
   int warp_;
 
-  float out_[kHalfTiles][kAccumulators];
+  float out_[kLatentTiles][kAccumulators];
+  float max_[kThreadRows];  // base-2 scaled, -inf while nothing was attended
   float sum_[kThreadRows];  // of this thread's tokens of this warpgroup's blocks
   float scale_log2_;
-  int unmasked_tokens_;      // no row is masked before this token
-  int max_index_ = 0;        // of the maximum that the results have been compared with
-  int number_ = 0;           // of the pair's first block, in the part
-  uint32_t p_parities_ = 0;  // of an even and of an odd block, a bit each
+  int unmasked_tokens_;  // no row is masked before this token
+  int number_ = 0;       // of the piece's first block, in the part
 };
 
 }  // namespace flashmla::sm90::fp8_decode

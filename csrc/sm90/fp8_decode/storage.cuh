@@ -16,9 +16,9 @@ struct SharedStorage<fp8_decode::Problem<kSparse, kTileRows>> {
   alignas(1024) uint8_t q[fp8_decode::kLatentTiles + 1][kTileBytes];
   // Latent columns as fp16.
   alignas(1024) uint8_t simple_q[fp8_decode::kLatentTiles][kTileBytes];
-  // P of an even and of an odd block, a token a column: if simple, fp16 times the scales of each
+  // Of each warpgroup P of its block, a token a column: if simple, fp16 times the scales of each
   // group, else bfloat16.
-  alignas(1024) uint8_t p[kMathGroups][fp8_decode::kGroups][kTileBytes];
+  alignas(1024) uint8_t p[P::kMathGroups][fp8_decode::kGroups][kTileBytes];
   // Blocks as they lie in the cache.
   alignas(128) uint8_t tokens[P::kStages][fp8_decode::kBlockBytes];
 
@@ -26,34 +26,30 @@ struct SharedStorage<fp8_decode::Problem<kSparse, kTileRows>> {
   static_assert(kAnnouncedBlocks > 2 + P::kStages);
   alignas(8) uint8_t stream[sizeof(BlockStream<P>)];
 
-  // The running maximum (base-2 scaled scores), a copy for each time that it has moved.
-  static constexpr int kMaxima = 4;
-  alignas(16) float max[kMaxima][kTileRows];
-  float q_factor[kTileRows];  // what simple_q is to be multiplied with; NaN if it is not finite
-  uint32_t max_moved[kMathGroups];  // with the even or odd block
-  uint32_t p_is_simple[kMathGroups];
-  float warp_max[4][kTileRows];
-  float sums[kMathGroups][4][kTileRows];  // of the weights that each warp has had
+  struct Pieces {
+    alignas(8) uint8_t walk[sizeof(PieceWalk<P>)];
+    schedule::Piece piece;
+    bool more;
+  };
+  Pieces pieces[P::kMathGroups];  // where each warpgroup is in the schedule
+
+  alignas(16) float q_factor[kTileRows];  // undoes that of simple_q; NaN if a row is not finite
+  float warp_max[P::kMathGroups][4][kTileRows];
+  float sums[P::kMathGroups][4][kTileRows];  // of the weights that each warp has had
+  float maxima[P::kMathGroups][kTileRows];
   Place place;
   uint2 marks[P::kStages];
 
   uint64_t full[P::kStages];
   uint64_t empty[P::kStages];
-  uint64_t p_full[kMathGroups];   // P, max, max_moved
-  uint64_t p_empty[kMathGroups];  // the other warpgroup's products with P are done
   uint64_t block_announced[kAnnouncedBlocks];
 
   __device__ __forceinline__ void init_barriers() {
     for (uint64_t& barrier : block_announced) ptx::mbarrier_init(&barrier, 1);
     for (int i = 0; i < P::kStages; ++i) {
-      // Each thread's copies, and a lane of each warp for the mark.
-      ptx::mbarrier_init(&full[i], P::kLoadThreads + P::kLoadWarps);
-      ptx::mbarrier_init(&empty[i], kMathGroups * kWarpArrivals);
+      ptx::mbarrier_init(&full[i], P::kLoadWarps);
+      ptx::mbarrier_init(&empty[i], kWarpArrivals);
       marks[i] = {0, 0};
-    }
-    for (int i = 0; i < kMathGroups; ++i) {
-      ptx::mbarrier_init(&p_full[i], 128);
-      ptx::mbarrier_init(&p_empty[i], kWarpArrivals);
     }
   }
 };

@@ -26,7 +26,7 @@ class TokenFinder {
       : kp_(kp), smem_(smem) {
     // Opaque: it would be worked out anew, from a slow special register, for each use.
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane_));
-    warp_ = __shfl_sync(kAllLanes, (threadIdx.x - kMathThreads) / 32, 0);
+    warp_ = __shfl_sync(kAllLanes, (threadIdx.x - (P::kThreads - P::kLoadThreads)) / 32, 0);
     first_token_ = warp_ * kWarpTokens;
   }
 
