@@ -17,7 +17,7 @@ struct Problem {
   static constexpr int kTileRows = kTileRows_;
   using Params = std::conditional_t<kSparse, SparseDecodeParams, DenseDecodeParams>;
 
-  static constexpr int kMathGroups = 2;
+  static constexpr int kMathGroups = kTileRows == 16 ? 3 : 2;
   static constexpr int kMathThreads = kMathGroups * 128;
   static constexpr int kLoadThreads = 128;
   static constexpr int kLoadWarps = kLoadThreads / 32;
@@ -25,13 +25,13 @@ struct Problem {
   static constexpr bool kPaired = false;
   static constexpr int kClusterCtas = 1;
   // A thread, of the 65,536 of a multiprocessor.
-  static constexpr int kLoadRegisters = 56;
+  static constexpr int kLoadRegisters = 32;
   static constexpr int kMathRegisters = (512 - kLoadRegisters) / kMathGroups / 8 * 8;
 
   // Blocks in shared memory at once: as many as there is room for.
   static constexpr int kStages = kTileRows == 16 ? 4 : 3;
   // Operands in registers at once.
-  static constexpr int kOperands = kTileRows == 16 ? 4 : 2;
+  static constexpr int kOperands = 2;
 };
 
 // A token of the V3.2 format, as it lies in the cache: codes of 512 latent columns in groups that

@@ -53,15 +53,22 @@ class Loader : TokenFinder<P, CacheFormat::kFp8V32> {
   }
 
  private:
-  // One copy for each token.
+  // A copy for each token, or if dense, for all that lie side by side.
   __device__ __forceinline__ void copy(int stage, const Tokens& tokens) {
     if (lane_ % 8 != 0) return;
     const uint32_t first = ptx::smem_address(smem_.tokens[stage]) +
                            (first_token_ + lane_ / 8) * Token::kTokenBytes;
 #pragma unroll
     for (int i = 0; i < kLaneTokens; ++i) {
-      ptx::bulk_load(first + 4 * i * Token::kTokenBytes, tokens.token[i], Token::kTokenBytes,
-                     &smem_.full[stage], policy_);
+      int count = 1;
+      if constexpr (!P::kSparse) {
+        if (tokens.exists[i]) {
+          if (!tokens.begins_run[i]) continue;
+          count = tokens.side_by_side[i];
+        }
+      }
+      ptx::bulk_load(first + 4 * i * Token::kTokenBytes, tokens.token[i],
+                     count * Token::kTokenBytes, &smem_.full[stage], policy_);
     }
   }
 

@@ -36,6 +36,57 @@ __device__ __forceinline__ void codes_to_floats(uint32_t codes, float2& lo, floa
   hi = __half22float2(reinterpret_cast<const __half2&>(halves[1]));
 }
 
+// The type of converted values.
+template <bool kSimple>
+using Element = std::conditional_t<kSimple, __half, __nv_bfloat16>;
+
+// The scale of a token and group, and how codes become values: with a simple one as fp16, which is
+// exact, else as bfloat16, rounded once.
+template <bool kSimple>
+struct Factor {
+  __half2 scale;
+
+  __device__ __forceinline__ void set(float x) { scale = __float2half2_rn(x); }
+  __device__ __forceinline__ void convert(uint32_t codes, uint32_t& lo, uint32_t& hi) const {
+    codes_to_halves(codes, lo, hi);
+    lo = product(lo, scale);
+    hi = product(hi, scale);
+  }
+  __device__ __forceinline__ static uint32_t product(uint32_t pair, __half2 scale) {
+    const __half2 x = __hmul2(reinterpret_cast<const __half2&>(pair), scale);
+    return reinterpret_cast<const uint32_t&>(x);
+  }
+};
+
+template <>
+struct Factor<false> {
+  float scale;
+
+  __device__ __forceinline__ void set(float x) { scale = x; }
+  __device__ __forceinline__ void convert(uint32_t codes, uint32_t& lo, uint32_t& hi) const {
+    float2 x, y;
+    codes_to_floats(codes, x, y);
+    lo = ptx::pack<__nv_bfloat16>(x.x * scale, x.y * scale);
+    hi = ptx::pack<__nv_bfloat16>(y.x * scale, y.y * scale);
+  }
+};
+
+// The same for two tokens with two columns each, [token][column], whose values come out by columns.
+__device__ __forceinline__ void convert_columns(uint32_t codes, __half2 scales, uint32_t& first,
+                                                uint32_t& second) {
+  codes_to_halves(__byte_perm(codes, 0, 0x3120), first, second);
+  first = Factor<true>::product(first, scales);
+  second = Factor<true>::product(second, scales);
+}
+
+__device__ __forceinline__ void convert_columns(uint32_t codes, float2 scales, uint32_t& first,
+                                                uint32_t& second) {
+  float2 x, y;
+  codes_to_floats(codes, x, y);
+  first = ptx::pack<__nv_bfloat16>(x.x * scales.x, y.x * scales.y);
+  second = ptx::pack<__nv_bfloat16>(x.y * scales.x, y.y * scales.y);
+}
+
 template <typename P>
 class MathGroup {
   using T = typename P::T;
@@ -108,16 +159,16 @@ class MathGroup {
     // Here all warps are done with the last P, too.
     const bool simple = are_simple(scales);
     if (simple) {
-      simple_scores(tokens, scales, s);
+      scores<true>(tokens, scales, s);
     } else {
-      scores(tokens, scales, s);
+      scores<false>(tokens, scales, s);
     }
     mask(piece, block, smem_.marks[stage], s);
-    softmax(s, scales, simple);
+    softmax(s, simple);
     if (simple) {
-      simple_values(tokens, stage);
+      values<true>(tokens, stage);
     } else {
-      values(tokens, stage);
+      values<false>(tokens, stage);
     }
   }
 
@@ -160,10 +211,9 @@ class MathGroup {
     }
   }
 
-  // Whether all scales of a block are powers of two, of an order that the products in fp16 can take,
-  // or 0.
+  // Whether all scales of a block are powers of two, or 0, and such that fp16 has all values.
   __device__ __forceinline__ bool are_simple(const float4 (&scales)[2]) const {
-    constexpr int kLeast = 127 - 13, kMost = 127 + 3;  // exponents of float32
+    constexpr int kLeast = 127 - 15, kMost = 127 + 7;  // exponents of float32
     uint32_t most = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -176,13 +226,21 @@ class MathGroup {
                                   most > kMost - kLeast);
   }
 
-  // S = K Q^T, with keys in bfloat16.
+  // S = K Q^T. Leaves the scales for the values.
+  template <bool kSimple>
   __device__ __forceinline__ void scores(uint32_t tokens, const float4 (&scales)[2],
                                          float (&s)[kAccumulators]) {
     const uint32_t chunks = own_token(tokens) + lane_ % 4 * 16;
-    const uint32_t q = ptx::smem_address(smem_.q[0]);
+    const uint32_t q = ptx::smem_address(kSimple ? smem_.simple_q[0] : smem_.q[0]);
     Operand a[kOperands];
-    rope_scores(chunks, a, s);
+    float rope[kAccumulators];
+    rope_scores(chunks, a, rope);
+    Factor<kSimple> factors[2][kGroups];
+#pragma unroll
+    for (int i = 0; i < 2 * kGroups; ++i) {
+      factors[i / kGroups][i % kGroups].set(scale_of(scales[i / kGroups], i % kGroups));
+    }
+    leave_scales<kSimple>(scales);
     Raw raw = load_raw(chunks);
 #pragma unroll
     for (int tile = 0; tile < kLatentTiles; ++tile) {
@@ -191,81 +249,32 @@ class MathGroup {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         // The first two are of the RoPE columns.
-        Operand& operand = a[(2 * tile + i + 2) % kOperands];
-        if (2 * tile + i + 2 >= kOperands) wait_for(operand);
+        const int number = 2 * tile + i + 2;
+        Operand& operand = a[number % kOperands];
+        if (number >= kOperands) wait_for(operand);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float scale = scale_of(scales[h], tile / 2);
 #pragma unroll
           for (int step = 0; step < 2; ++step) {
-            float2 lo, hi;
-            codes_to_floats(word(now.token[h], 2 * i + step), lo, hi);
-            operand[step][h] = ptx::pack<T>(lo.x * scale, lo.y * scale);
-            operand[step][h + 2] = ptx::pack<T>(hi.x * scale, hi.y * scale);
+            factors[h][tile / 2].convert(word(now.token[h], 2 * i + step), operand[step][h],
+                                         operand[step][h + 2]);
           }
         }
-        issue_scores<T>(operand, q + tile * SharedStorage<P>::kTileBytes + 64 * i, s, true);
+        issue_scores<Element<kSimple>>(operand, q + tile * SharedStorage<P>::kTileBytes + 64 * i, s,
+                                       tile + i > 0);
       }
     }
     wait_for_all(a);
+    wgmma::hold(rope);
     wgmma::hold(s);
-  }
-
-  // The same with codes in fp16. The products of each group are multiplied by its scales.
-  __device__ __forceinline__ void simple_scores(uint32_t tokens, const float4 (&scales)[2],
-                                                float (&s)[kAccumulators]) {
-    const uint32_t chunks = own_token(tokens) + lane_ % 4 * 16;
-    const uint32_t q = ptx::smem_address(smem_.simple_q[0]);
-    Operand a[kOperands];
-    rope_scores(chunks, a, s);
-    // Of several groups where there are registers for that.
-    constexpr int kSums = kTileRows == 16 ? 2 : 1;
-    float t[kSums][kAccumulators];
-    Raw raw = load_raw(chunks);
+    Rows q_factors;
+    if constexpr (kSimple) q_factors = load_rows(smem_.q_factor);
 #pragma unroll
-    for (int tile = 0; tile < kLatentTiles; ++tile) {
-      const int group = tile / 2;
-      const Raw now = raw;
-      if (tile + 1 < kLatentTiles) raw = load_raw(chunks + (tile + 1) * 64);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        Operand& operand = a[(2 * tile + i + 2) % kOperands];
-        if (2 * tile + i + 2 >= kOperands) wait_for(operand);
-        if (group == 0 && 2 * tile + i == kOperands - 1) {
-          // So many operands ago were the RoPE columns.
-          wgmma::hold(s);
-          const Rows factors = load_rows(smem_.q_factor);
-#pragma unroll
-          for (int j = 0; j < kAccumulators; ++j) {
-            s[j] *= inverse_power(factors.of_row[row_of(j)]);
-          }
-        }
-        if (group > 0 && 2 * (tile % 2) + i == (kSums == 1 ? 0 : kOperands - 1)) {
-          if (kSums == 1) wgmma::wait<0>();
-          wgmma::hold(t[(group - 1) % kSums]);
-          add_scaled(scales, group - 1, t[(group - 1) % kSums], s);
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-#pragma unroll
-          for (int step = 0; step < 2; ++step) {
-            codes_to_halves(word(now.token[h], 2 * i + step), operand[step][h],
-                            operand[step][h + 2]);
-          }
-        }
-        issue_scores<__half>(operand, q + tile * SharedStorage<P>::kTileBytes + 64 * i, t[group % kSums],
-                             tile % 2 + i > 0);
-      }
+    for (int i = 0; i < kAccumulators; ++i) {
+      s[i] = kSimple ? fmaf(s[i], q_factors.of_row[row_of(i)], rope[i]) : s[i] + rope[i];
     }
-    wait_for_all(a);
-    wgmma::hold(t[(kGroups - 1) % kSums]);
-    add_scaled(scales, kGroups - 1, t[(kGroups - 1) % kSums], s);
-    const Rows factors = load_rows(smem_.q_factor);
-#pragma unroll
-    for (int i = 0; i < kAccumulators; ++i) s[i] *= factors.of_row[row_of(i)];
   }
 
-  // Begins with the RoPE columns.
   __device__ __forceinline__ void rope_scores(uint32_t chunks, Operand (&a)[kOperands],
                                               float (&s)[kAccumulators]) {
     const uint32_t q =
@@ -282,18 +291,22 @@ class MathGroup {
     for (int i = 0; i < 2; ++i) issue_scores<T>(a[i], q + 64 * i, s, i > 0);
   }
 
-  __device__ __forceinline__ static void add_scaled(const float4 (&scales)[2], int group,
-                                                    const float (&t)[kAccumulators],
-                                                    float (&s)[kAccumulators]) {
+  // Writes the scales as the values need them: of each group, for each q = lane % 4, those of tokens
+  // 8 * m + {0, 4} + q.
+  template <bool kSimple>
+  __device__ __forceinline__ void leave_scales(const float4 (&scales)[2]) const {
+    const int group = lane_ % 4;  // of the four lanes that have the same tokens
+    const int row = lane_ / 4;    // and are they in the order of tokens 4 * (row % 2) + row / 2
 #pragma unroll
-    for (int i = 0; i < kAccumulators; ++i) {
-      s[i] = fmaf(t[i], scale_of(scales[i / 2 % 2], group), s[i]);
+    for (int h = 0; h < 2; ++h) {
+      const float scale = scale_of(scales[h], group);
+      const int place = ((group * 4 + row / 2) * 8 + 2 * warp_ + h) * 2 + row % 2;
+      if constexpr (kSimple) {
+        reinterpret_cast<__half*>(smem_.scales[group_])[place] = __float2half_rn(scale);
+      } else {
+        smem_.scales[group_][place] = scale;
+      }
     }
-  }
-
-  // Of a power of two that has one; NaN stays NaN.
-  __device__ __forceinline__ static float inverse_power(float x) {
-    return __uint_as_float((254 << 23) - __float_as_uint(x));
   }
 
   __device__ __forceinline__ static uint32_t word(const uint4& x, int i) {
@@ -396,14 +409,11 @@ class MathGroup {
   }
 
   // Weights are at most 2^kSlack before the maximum is moved: as exact as up to 1, and the output
-  // need hardly ever be rescaled. With simple scales they are multiplied with 2^8, too: so they are
-  // normal numbers of fp16 down to a weight of 2^-9, and end at 2^-19.
-  static constexpr float kSlack = 4.f;
-  static constexpr float kSimpleFactor = 256.f;
+  // need hardly ever be rescaled.
+  static constexpr float kSlack = 8.f;
 
   // Turns s into P, sums up, and stores P, rounded.
-  __device__ __forceinline__ void softmax(float (&s)[kAccumulators], const float4 (&scales)[2],
-                                          bool simple) {
+  __device__ __forceinline__ void softmax(float (&s)[kAccumulators], bool simple) {
     const float multiplier = scale_log2_ > 0.f ? scale_log2_ : 1.f;
     bool exceeds = false;
 #pragma unroll
@@ -420,42 +430,34 @@ class MathGroup {
       s[i] = ptx::exp2_approx(fmaf(s[i], multiplier, -finite_max(max_[r])));
       sum_[r] += s[i];
     }
-    const uint32_t p = p_address();
     if (simple) {
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        store_p<__half>(p + group * SharedStorage<P>::kTileBytes, s,
-                        scale_of(scales[0], group) * kSimpleFactor,
-                        scale_of(scales[1], group) * kSimpleFactor);
-      }
+      store_p<__half>(s);
     } else {
-      store_p<T>(p, s, 1.f, 1.f);
+      store_p<T>(s);
     }
     ptx::fence_proxy_async();
     barrier_of_group();
   }
 
   __device__ __forceinline__ uint32_t p_address() const {
-    return ptx::smem_address(smem_.p[0][0]) + group_ * static_cast<int>(sizeof(smem_.p[0]));
+    return ptx::smem_address(smem_.p[0]) + group_ * static_cast<int>(sizeof(smem_.p[0]));
   }
 
-  // Times a scale for each of the thread's two tokens.
   template <typename Element>
-  __device__ __forceinline__ void store_p(uint32_t p, const float (&s)[kAccumulators], float scale0,
-                                          float scale1) const {
+  __device__ __forceinline__ void store_p(const float (&s)[kAccumulators]) const {
     // Matrix m of a store: rows 8 * (m / 2) and up of the tile, tokens 8 * (m % 2) and up of the
     // warp.
     const int row_in_tile = lane_ / 16 * 8 + lane_ % 8;
     const int chunk = 2 * warp_ + lane_ / 8 % 2;
-    const uint32_t place = p + row_in_tile * kRowBytes + ((chunk ^ (row_in_tile & 7)) << 4);
+    const uint32_t place =
+        p_address() + row_in_tile * kRowBytes + ((chunk ^ (row_in_tile & 7)) << 4);
 #pragma unroll
     for (int pair = 0; pair < kTileRows / 16; ++pair) {
       uint32_t x[4];
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         const int i = 4 * (2 * pair + m / 2) + 2 * (m % 2);
-        const float scale = m % 2 == 0 ? scale0 : scale1;
-        x[m] = ptx::pack<Element>(s[i] * scale, s[i + 1] * scale);
+        x[m] = ptx::pack<Element>(s[i], s[i + 1]);
       }
       ptx::stmatrix_x4_trans(place + pair * 2 * kGroupBytes, x[0], x[1], x[2], x[3]);
     }
@@ -497,13 +499,16 @@ class MathGroup {
   // O^T += V^T P^T, by tiles of 64 columns, of which each warp has 16 side by side: the even ones
   // are its first 8 rows of an accumulator, the odd ones the others. A tile is taken in two halves
   // of 32 tokens.
-  template <typename Element, typename Convert>
-  __device__ __forceinline__ void add_values(uint32_t tokens, int stage, int group_stride,
-                                             const Convert& convert) {
+  template <bool kSimple>
+  __device__ __forceinline__ void values(uint32_t tokens, int stage) {
     const uint32_t columns = tokens +
                              (lane_ / 8 * 8 + token_of_row(lane_ % 8)) * Token::kTokenBytes +
                              warp_ * 16;
     const uint64_t p = wgmma::k_major(p_address(), kGroupBytes);
+    using Scales = std::conditional_t<kSimple, __half2, float2>;  // of two tokens
+    const uint32_t scales = ptx::smem_address(smem_.scales[0]) +
+                            group_ * static_cast<int>(sizeof(smem_.scales[0])) +
+                            lane_ % 4 * 8 * static_cast<int>(sizeof(Scales));
     uint32_t raw[4];
     Operand a[kOperands];
     ptx::ldmatrix_x4_trans(columns, raw);
@@ -511,9 +516,14 @@ class MathGroup {
     for (int part = 0; part < 2 * kLatentTiles; ++part) {
       const int tile = part / 2, half = part % 2;
       const uint32_t now[4] = {raw[0], raw[1], raw[2], raw[3]};
+      Scales scale[4];
+      load_scales(scales + (tile / 2 * 32 + 4 * half) * sizeof(Scales), scale);
       Operand& operand = a[part % kOperands];
       if (part >= kOperands) wait_for(operand);
-      convert(tile, half, now, operand);
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        convert_columns(now[m], scale[m], operand[m / 2][m % 2 * 2], operand[m / 2][m % 2 * 2 + 1]);
+      }
       if (const int next = part + 1; next < 2 * kLatentTiles) {
         ptx::ldmatrix_x4_trans(columns + next / 2 * 64 + next % 2 * 32 * Token::kTokenBytes, raw);
       } else {
@@ -522,9 +532,8 @@ class MathGroup {
       wgmma::fence();
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        wgmma::narrow_rs(
-            Element{}, out_[tile], operand[step],
-            p + wgmma::distance(tile / 2 * group_stride + 64 * half + 32 * step), true);
+        wgmma::narrow_rs(Element<kSimple>{}, out_[tile], operand[step],
+                         p + wgmma::distance(64 * half + 32 * step), true);
       }
       wgmma::commit();
     }
@@ -533,47 +542,21 @@ class MathGroup {
     for (int tile = 0; tile < kLatentTiles; ++tile) wgmma::hold(out_[tile]);
   }
 
-  __device__ __forceinline__ void values(uint32_t tokens, int stage) {
-    // Of tokens 8 * m + {0, 4} + lane % 4, the pairs that a lane has.
-    const uint32_t scales = tokens + lane_ % 4 * Token::kTokenBytes + Token::kScalesOffset;
-    add_values<T>(
-        tokens, stage, 0,
-        [&](int tile, int half, const uint32_t (&codes)[4], Operand& a) {
+  __device__ __forceinline__ static void load_scales(uint32_t address, __half2 (&scales)[4]) {
+    const uint4 bits = ptx::ld_shared_16(address);
 #pragma unroll
-          for (int m = 0; m < 4; ++m) {
-            float scale[2];
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              scale[e] = __uint_as_float(ptx::ld_shared_4(
-                  scales + tile / 2 * 4 + (32 * half + 8 * m + 4 * e) * Token::kTokenBytes));
-            }
-            float2 first, second;  // of a token each
-            codes_to_floats(codes[m], first, second);
-            a[m / 2][m % 2 * 2] = ptx::pack<T>(first.x * scale[0], second.x * scale[1]);
-            a[m / 2][m % 2 * 2 + 1] = ptx::pack<T>(first.y * scale[0], second.y * scale[1]);
-          }
-        });
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t x = word(bits, i);
+      scales[i] = reinterpret_cast<const __half2&>(x);
+    }
   }
-
-  // Divides by kSimpleFactor, exactly: the least code is 2^-9.
-  __device__ __forceinline__ static uint32_t scaled_back(uint32_t pair) {
-    const __half2 x =
-        __hmul2(reinterpret_cast<const __half2&>(pair), __float2half2_rn(1.f / kSimpleFactor));
-    return reinterpret_cast<const uint32_t&>(x);
-  }
-
-  __device__ __forceinline__ void simple_values(uint32_t tokens, int stage) {
-    add_values<__half>(tokens, stage, SharedStorage<P>::kTileBytes,
-                       [](int, int, const uint32_t (&codes)[4], Operand& a) {
+  __device__ __forceinline__ static void load_scales(uint32_t address, float2 (&scales)[4]) {
 #pragma unroll
-                         for (int m = 0; m < 4; ++m) {
-                           // Both tokens of a column side by side.
-                           uint32_t even, odd;
-                           codes_to_halves(__byte_perm(codes[m], 0, 0x3120), even, odd);
-                           a[m / 2][m % 2 * 2] = scaled_back(even);
-                           a[m / 2][m % 2 * 2 + 1] = scaled_back(odd);
-                         }
-                       });
+    for (int i = 0; i < 2; ++i) {
+      const uint4 bits = ptx::ld_shared_16(address + 16 * i);
+      scales[2 * i] = {__uint_as_float(bits.x), __uint_as_float(bits.y)};
+      scales[2 * i + 1] = {__uint_as_float(bits.z), __uint_as_float(bits.w)};
+    }
   }
 
   __device__ __forceinline__ void release(int stage) {
@@ -686,7 +669,7 @@ class MathGroup {
     }
   }
 
-  // The first two warpgroups add up what all have, each for half of the columns, and store it.
+  // The first two warpgroups add up what all have, each half of the columns, and store it.
   __device__ __forceinline__ void finish_piece(const schedule::Piece& piece) {
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
@@ -719,63 +702,86 @@ class MathGroup {
         sums.of_row[i] += sum * factors[g].of_row[i];
       }
     }
-    finish_half<0>(piece, max, sums, factors);
-    barrier_of_groups();
-    finish_half<1>(piece, max, sums, factors);
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      // What a warpgroup stores is to lie in the first half of the registers, what it leaves for
+      // another one in the second: one code for both halves.
+      if (half == 0 ? group_ > 0 : group_ > 1) swap_halves();
+      if (group_ != half) leave_half(group_ < half ? group_ : group_ - 1);
+      barrier_of_groups();
+      if (group_ == half) add_halves(half, factors);
+      if (half == 0) barrier_of_groups();  // the other half comes to the same place
+    }
+    if (group_ >= 2) return;
+    if (piece.slot >= 0) {
+      store_partial(piece, max, sums);
+    } else {
+      store_final(piece, max, sums);
+    }
   }
 
-  // Warpgroup kHalf gets the results of that half of the columns from the others, and stores them.
-  template <int kHalf>
-  __device__ __forceinline__ void finish_half(const schedule::Piece& piece, const Rows& max,
-                                              const Rows& sums,
-                                              const Rows (&factors)[P::kMathGroups]) {
-    auto& exchange = reinterpret_cast<float4 (&)[P::kMathGroups - 1][kHalfTiles][kTileRows / 8]
-                                                [128]>(smem_.q);
-    static_assert(sizeof(exchange) <= sizeof(smem_.q) + sizeof(smem_.simple_q));
-    if (group_ != kHalf) {
-      const int place = group_ < kHalf ? group_ : group_ - 1;
+  __device__ __forceinline__ void swap_halves() {
 #pragma unroll
-      for (int tile = 0; tile < kHalfTiles; ++tile) {
+    for (int tile = 0; tile < kHalfTiles; ++tile) {
 #pragma unroll
-        for (int j = 0; j < kTileRows / 8; ++j) {
-          const float* x = &out_[kHalf * kHalfTiles + tile][4 * j];
-          exchange[place][tile][j][thread_] = {x[0], x[1], x[2], x[3]};
-        }
+      for (int i = 0; i < kAccumulators; ++i) {
+        const float x = out_[tile][i];
+        out_[tile][i] = out_[kHalfTiles + tile][i];
+        out_[kHalfTiles + tile][i] = x;
       }
     }
-    barrier_of_groups();
-    if (group_ != kHalf) return;
+  }
+
+  // Where the results of the other warpgroups are left: in place of the queries.
+  using Exchange = float4[P::kMathGroups - 1][kHalfTiles][kTileRows / 8][128];
+  static_assert(sizeof(Exchange) <= sizeof(SharedStorage<P>::q) + sizeof(SharedStorage<P>::simple_q));
+  __device__ __forceinline__ Exchange& exchange() const {
+    return reinterpret_cast<Exchange&>(smem_.q);
+  }
+
+  __device__ __forceinline__ void leave_half(int place) const {
 #pragma unroll
     for (int tile = 0; tile < kHalfTiles; ++tile) {
 #pragma unroll
       for (int j = 0; j < kTileRows / 8; ++j) {
-        float* out = &out_[kHalf * kHalfTiles + tile][4 * j];
-        float total[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-        for (int g = 0; g < P::kMathGroups; ++g) {
-          float4 other;
-          if (g != kHalf) other = exchange[g < kHalf ? g : g - 1][tile][j][thread_];
-          const float x[4] = {g == kHalf ? out[0] : other.x, g == kHalf ? out[1] : other.y,
-                              g == kHalf ? out[2] : other.z, g == kHalf ? out[3] : other.w};
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            total[k] = fmaf(x[k], factors[g].of_row[2 * j + k % 2], total[k]);
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < 4; ++k) out[k] = total[k];
+        const float* x = &out_[kHalfTiles + tile][4 * j];
+        exchange()[place][tile][j][thread_] = {x[0], x[1], x[2], x[3]};
       }
-    }
-    if (piece.slot >= 0) {
-      store_partial<kHalf>(piece, max, sums);
-    } else {
-      store_final<kHalf>(piece, max, sums);
     }
   }
 
-  template <int kHalf>
+  // Adds what the others have left, in a fixed order.
+  __device__ __forceinline__ void add_halves(int half, const Rows (&factors)[P::kMathGroups]) {
+#pragma unroll
+    for (int tile = 0; tile < kHalfTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < kAccumulators; ++i) {
+        const int r = row_of(i);
+        out_[tile][i] *= half == 0 ? factors[0].of_row[r] : factors[1].of_row[r];
+      }
+    }
+#pragma unroll
+    for (int place = 0; place < P::kMathGroups - 1; ++place) {
+#pragma unroll
+      for (int tile = 0; tile < kHalfTiles; ++tile) {
+#pragma unroll
+        for (int j = 0; j < kTileRows / 8; ++j) {
+          const float4 other = exchange()[place][tile][j][thread_];
+          const float x[4] = {other.x, other.y, other.z, other.w};
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int r = 2 * j + k % 2;
+            const float factor =
+                place < half ? factors[place].of_row[r] : factors[place + 1].of_row[r];
+            out_[tile][4 * j + k] = fmaf(x[k], factor, out_[tile][4 * j + k]);
+          }
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ void store_final(const schedule::Piece& piece, const Rows& max,
-                                              const Rows& sums) {
+                                              const Rows& sums) const {
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
       if (row(r) >= kp_.rows) continue;
@@ -783,20 +789,19 @@ class MathGroup {
       const auto [lse, factor] =
           final_row(kp_.p, piece.request, index.head, max.of_row[r], sums.of_row[r]);
       uint32_t* out = static_cast<uint32_t*>(kp_.p.out) + out_row(kp_, piece.request, index) * 256 +
-                      kHalf * 128 + warp_ * 8 + lane_ / 4;
+                      group_ * 128 + warp_ * 8 + lane_ / 4;
 #pragma unroll
       for (int tile = 0; tile < kHalfTiles; ++tile) {
-        const float* x = &out_[kHalf * kHalfTiles + tile][r / 2 * 4 + r % 2];
+        const float* x = &out_[tile][r / 2 * 4 + r % 2];
         out[32 * tile] = ptx::pack<T>(x[0] * factor, x[2] * factor);
       }
-      if (kHalf == 0 && thread_ < 4) kp_.p.lse[lse_index(kp_, piece.request, index)] = lse;
+      if (group_ == 0 && thread_ < 4) kp_.p.lse[lse_index(kp_, piece.request, index)] = lse;
     }
   }
 
   // A thread's two columns of two rows, 8 apart, are what a lane has in the order of the workspace.
-  template <int kHalf>
   __device__ __forceinline__ void store_partial(const schedule::Piece& piece, const Rows& max,
-                                                const Rows& sums) {
+                                                const Rows& sums) const {
 #pragma unroll
     for (int slab_of_tile = 0; slab_of_tile < kTileRows / partial::kSlabRows; ++slab_of_tile) {
       if (slab_of_tile * partial::kSlabRows >= kp_.rows) break;
@@ -804,17 +809,17 @@ class MathGroup {
       // Of its 16 columns in a tile of 64 a warp has two tiles of the workspace.
       float4* values = reinterpret_cast<float4*>(kp_.p.partial_out) +
                        slab * (partial::values(512) / 4) +
-                       (kHalf * kHalfTiles * 8 + warp_ * 2 + lane_ / 16) * partial::kLanes +
+                       (group_ * kHalfTiles * 8 + warp_ * 2 + lane_ / 16) * partial::kLanes +
                        lane_ / 4 % 4;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int line = lane_ % 4 * 2 + e;
 #pragma unroll
         for (int tile = 0; tile < kHalfTiles; ++tile) {
-          const float* x = &out_[kHalf * kHalfTiles + tile][8 * slab_of_tile + e];
+          const float* x = &out_[tile][8 * slab_of_tile + e];
           values[8 * tile * partial::kLanes + 4 * line] = {x[0], x[2], x[4], x[6]};
         }
-        if (kHalf == 0 && thread_ < 4) {
+        if (group_ == 0 && thread_ < 4) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int r = 4 * slab_of_tile + 2 * h + e;

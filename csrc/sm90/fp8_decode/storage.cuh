@@ -16,9 +16,8 @@ struct SharedStorage<fp8_decode::Problem<kSparse, kTileRows>> {
   alignas(1024) uint8_t q[fp8_decode::kLatentTiles + 1][kTileBytes];
   // Latent columns as fp16.
   alignas(1024) uint8_t simple_q[fp8_decode::kLatentTiles][kTileBytes];
-  // Of each warpgroup P of its block, a token a column: if simple, fp16 times the scales of each
-  // group, else bfloat16.
-  alignas(1024) uint8_t p[P::kMathGroups][fp8_decode::kGroups][kTileBytes];
+  // Of each warpgroup P of its block, a token a column, in the type of the values.
+  alignas(1024) uint8_t p[P::kMathGroups][kTileBytes];
   // Blocks as they lie in the cache.
   alignas(128) uint8_t tokens[P::kStages][fp8_decode::kBlockBytes];
 
@@ -33,6 +32,8 @@ struct SharedStorage<fp8_decode::Problem<kSparse, kTileRows>> {
   };
   Pieces pieces[P::kMathGroups];  // where each warpgroup is in the schedule
 
+  // Of each warpgroup the scales of its block as the values need them; simple ones as fp16.
+  alignas(16) float scales[P::kMathGroups][fp8_decode::kGroups * kTokens];
   alignas(16) float q_factor[kTileRows];  // undoes that of simple_q; NaN if a row is not finite
   float warp_max[P::kMathGroups][4][kTileRows];
   float sums[P::kMathGroups][4][kTileRows];  // of the weights that each warp has had

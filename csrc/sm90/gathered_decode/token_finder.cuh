@@ -77,6 +77,10 @@ class TokenFinder {
   struct Tokens {
     const uint8_t* token[kLaneTokens];
     int to_scales[kLaneTokens];
+    // Dense: how many tokens of this warp lie side by side from this one on.
+    int side_by_side[kLaneTokens];
+    bool begins_run[kLaneTokens];  // it is the first one of these
+    bool exists[kLaneTokens];
 
     __device__ __forceinline__ void set_zeros() {
 #pragma unroll
@@ -132,9 +136,13 @@ class TokenFinder {
         exists = static_cast<uint32_t>(slot) < static_cast<uint32_t>(kp_.p.num_pages);
         mark |= __any_sync(kAllLanes, token < block.count && !exists);
         const int position = block.position + token;
-        const int column = page_size.quotient(position);
-        slot = slot * page_size.divisor + position - column * page_size.divisor;
+        const int offset = position - page_size.quotient(position) * page_size.divisor;
+        slot = slot * page_size.divisor + offset;
+        tokens.side_by_side[i] = min(min(page_size.divisor - offset, block.count - token),
+                                     first_token_ + kWarpTokens - token);
+        tokens.begins_run[i] = offset == 0 || token == first_token_;
       }
+      tokens.exists[i] = exists;
       slot = exists ? slot : 0;
       const uint8_t* token;
       int to_scales = 0;
