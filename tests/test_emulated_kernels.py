@@ -315,6 +315,22 @@ def test_merge_is_the_weighted_sum_of_pieces(emulator, name):
         np.testing.assert_allclose(merge.by_rows(lse, request), want_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["8 warps, a tile each", "a warp, 8 tiles", "by parts"])
+def test_infinite_values_of_a_piece_without_weight_make_nan(emulator, name):
+    merge = MERGES[name]()
+    request = next(r for r, count in enumerate(merge.pieces) if count > 1)
+    light, heavy = merge.slots(request)[:2]
+    merge.max[heavy], merge.sum[heavy] = 0, 1
+    merge.max[light], merge.sum[light] = -400, 1
+    merge.values[[light, heavy]] = 1
+    merge.values[light, ..., 3] = np.inf
+    merge.arrays["partial_out"] = in_slabs(merge.values)
+    merge.arrays["partial_sums"] = in_slabs(np.stack([merge.max, merge.sum], axis=-1))
+    out, _ = merge.run(emulator)
+    nan = np.isnan(merge.by_rows(out.view(np.float16), request))
+    assert nan[..., 3].all() and nan.sum() == nan[..., 3].size
+
+
 @only_memory
 @pytest.mark.parametrize(
     "name",

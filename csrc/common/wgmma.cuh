@@ -168,29 +168,29 @@ __device__ __forceinline__ void m64n64k32_e4m3_rs(float (&d)[32], const uint32_t
 }
 
 // narrow_rs: d (+)= A B^T with few columns, A in registers, B in shared memory (K-major).
-#define FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, N, ACC, REGISTERS, A0, A1, A2, A3, B, FLAG)     \
-  __device__ __forceinline__ void narrow_rs(TYPE, float (&d)[N / 2], const uint32_t (&a)[4],     \
-                                            uint64_t b, bool accumulate) {                       \
-    asm volatile(                                                                                \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, " FLAG                                                 \
-        ", 0;\n"                                                                                 \
-        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGISTERS "}, {" A0 \
-        ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}\n"                                     \
-        : ACC                                                                                    \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate))); \
+#define FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, N, ACC, REGISTERS, A0, A1, A2, A3, B, FLAG)    \
+  __device__ __forceinline__ void narrow_rs(TYPE, float (&d)[N / 2], const uint32_t (&a)[4],    \
+                                            uint64_t b, bool accumulate) {                      \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " FLAG                                       \
+                 ", 0;\n"                                                                       \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGISTERS \
+                 "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}\n"                 \
+                 : ACC                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                          \
+                   "r"(static_cast<int>(accumulate)));                                          \
   }
-#define FLASHMLA_DEFINE_WGMMA_NARROW_16(TYPE, NAME)                                    \
-  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, 16, FLASHMLA_ACC_8(d, 0),                   \
-                               "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10",    \
-                               "%11", "%12", "%13")
+#define FLASHMLA_DEFINE_WGMMA_NARROW_16(TYPE, NAME)                                               \
+  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, 16, FLASHMLA_ACC_8(d, 0),                              \
+                               "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", "%12", \
+                               "%13")
 #define FLASHMLA_ACC_16(d) FLASHMLA_ACC_8(d, 0), FLASHMLA_ACC_8(d, 8)
-#define FLASHMLA_DEFINE_WGMMA_NARROW_32(TYPE, NAME)                                          \
-  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, 32, FLASHMLA_ACC_16(d), FLASHMLA_REGISTERS_32,    \
-                               "%16", "%17", "%18", "%19", "%20", "%21")
+#define FLASHMLA_DEFINE_WGMMA_NARROW_32(TYPE, NAME)                                              \
+  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, 32, FLASHMLA_ACC_16(d), FLASHMLA_REGISTERS_32, "%16", \
+                               "%17", "%18", "%19", "%20", "%21")
 
-#define FLASHMLA_DEFINE_WGMMA_NARROW_64(TYPE, NAME)                                       \
-  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, 64, FLASHMLA_ACC_64(d), FLASHMLA_REGISTERS_64, \
-                               "%32", "%33", "%34", "%35", "%36", "%37")
+#define FLASHMLA_DEFINE_WGMMA_NARROW_64(TYPE, NAME)                                              \
+  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, 64, FLASHMLA_ACC_64(d), FLASHMLA_REGISTERS_64, "%32", \
+                               "%33", "%34", "%35", "%36", "%37")
 
 FLASHMLA_DEFINE_WGMMA_NARROW_16(__nv_bfloat16, "bf16")
 FLASHMLA_DEFINE_WGMMA_NARROW_16(__half, "f16")

@@ -151,16 +151,17 @@ __device__ __forceinline__ void add(const Weighted<kTiles> (&pieces)[kCount],
     const float bottom_weight = weight_of(piece.sums.z, bottom);
     total.sums.y += top_weight * piece.sums.y;
     total.sums.w += bottom_weight * piece.sums.w;
-    // Values with weight 0 may be unwritten, hence NaN.
+    // Values of nothing may be unwritten. Others count even if their weight is 0 now: an infinite
+    // one makes NaN, as it does where the request is not cut.
 #pragma unroll
     for (int v = 0; v < kTiles; ++v) {
       const float4& x = piece.values[v];
       float4& out = total.values[v];
-      if (top_weight != 0.f) {
+      if (piece.sums.x != -INFINITY) {
         out.x += top_weight * x.x;
         out.y += top_weight * x.y;
       }
-      if (bottom_weight != 0.f) {
+      if (piece.sums.z != -INFINITY) {
         out.z += bottom_weight * x.z;
         out.w += bottom_weight * x.w;
       }

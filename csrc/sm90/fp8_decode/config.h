@@ -24,9 +24,12 @@ struct Problem {
   static constexpr int kThreads = kMathThreads + kLoadThreads;
   static constexpr bool kPaired = false;
   static constexpr int kClusterCtas = 1;
-  // A thread, of the 65,536 of a multiprocessor.
+  // Of a thread. What the loading warpgroup gives up the others get: more than that they would wait
+  // for in vain.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kLoadRegisters = 32;
-  static constexpr int kMathRegisters = (512 - kLoadRegisters) / kMathGroups / 8 * 8;
+  static constexpr int kMathRegisters =
+      (kLaunchRegisters * (kMathGroups + 1) - kLoadRegisters) / kMathGroups / 8 * 8;
 
   // Blocks in shared memory at once: as many as there is room for.
   static constexpr int kStages = kTileRows == 16 ? 4 : 3;

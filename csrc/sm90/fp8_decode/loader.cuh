@@ -1,8 +1,8 @@
 // The loading warpgroup of decode over FP8 caches: copies tokens as they are.
 #pragma once
 
-#include "sm90/gathered_decode/token_finder.cuh"
 #include "sm90/fp8_decode/storage.cuh"
+#include "sm90/gathered_decode/token_finder.cuh"
 
 namespace flashmla::sm90::fp8_decode {
 
@@ -56,8 +56,8 @@ class Loader : TokenFinder<P, CacheFormat::kFp8V32> {
   // A copy for each token, or if dense, for all that lie side by side.
   __device__ __forceinline__ void copy(int stage, const Tokens& tokens) {
     if (lane_ % 8 != 0) return;
-    const uint32_t first = ptx::smem_address(smem_.tokens[stage]) +
-                           (first_token_ + lane_ / 8) * Token::kTokenBytes;
+    const uint32_t first =
+        ptx::smem_address(smem_.tokens[stage]) + (first_token_ + lane_ / 8) * Token::kTokenBytes;
 #pragma unroll
     for (int i = 0; i < kLaneTokens; ++i) {
       int count = 1;

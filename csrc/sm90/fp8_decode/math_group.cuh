@@ -106,8 +106,6 @@ class MathGroup {
   }
 
   __device__ __forceinline__ void run() {
-    constexpr float kLog2e = 1.4426950408889634f;
-    scale_log2_ = kp_.p.softmax_scale * kLog2e;
     auto& [walk, piece, more] = smem_.pieces[group_];
     if (thread_ == 0) new (walk) PieceWalk<P>(kp_.p, smem_.place.part);
     while (true) {
@@ -116,15 +114,16 @@ class MathGroup {
       barrier_of_group();
       if (!more) break;
       if (piece.first_block >= piece.end_block) {
-        store_empty(kp_, smem_.place, piece, group_, thread_);
+        if (group_ < 2) store_empty(kp_, smem_.place, piece, group_, thread_);
       } else {
         begin_piece(piece);
-        const int end = piece.end_block;
+        to_number_ -= piece.first_block;
 #pragma unroll 1
-        for (int block = piece.first_block + group_; block < end; block += P::kMathGroups) {
-          attend(piece, block);
+        for (int block = piece.first_block + group_; block < piece.end_block;
+             block += P::kMathGroups) {
+          attend(block);
         }
-        number_ += end - piece.first_block;
+        to_number_ += piece.end_block;
         finish_piece(piece);
       }
       barrier_of_group();
@@ -139,6 +138,12 @@ class MathGroup {
     ptx::named_barrier_sync(kBarrierMathGroups, P::kMathThreads);
   }
 
+  // Not kept: registers are scarce.
+  __device__ __forceinline__ float scale_log2() const {
+    constexpr float kLog2e = 1.4426950408889634f;
+    return kp_.p.softmax_scale * kLog2e;
+  }
+
   // This thread's row i of the tile.
   __device__ __forceinline__ int row(int i) const { return i / 2 * 8 + lane_ % 4 * 2 + i % 2; }
   // The token of a block whose scores are this thread's, h = 0 or 1.
@@ -148,8 +153,8 @@ class MathGroup {
 
   // --- blocks -----------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void attend(const schedule::Piece& piece, int block) {
-    const int number = number_ + block - piece.first_block;
+  __device__ __forceinline__ void attend(int block) {
+    const int number = to_number_ + block;
     const int stage = number % P::kStages;
     const uint32_t tokens = ptx::smem_address(smem_.tokens[0]) + stage * kBlockBytes;
     ptx::mbarrier_wait(&smem_.full[stage], number / P::kStages & 1);
@@ -163,7 +168,7 @@ class MathGroup {
     } else {
       scores<false>(tokens, scales, s);
     }
-    mask(piece, block, smem_.marks[stage], s);
+    mask(block, smem_.marks[stage], s);
     softmax(s, simple);
     if (simple) {
       values<true>(tokens, stage);
@@ -205,8 +210,8 @@ class MathGroup {
   __device__ __forceinline__ void load_scales(uint32_t tokens, float4 (&scales)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint4 bits = ptx::ld_shared_16(own_token(tokens) + Token::kScalesOffset +
-                                           h * 8 * Token::kTokenBytes);
+      const uint4 bits =
+          ptx::ld_shared_16(own_token(tokens) + Token::kScalesOffset + h * 8 * Token::kTokenBytes);
       scales[h] = reinterpret_cast<const float4&>(bits);
     }
   }
@@ -222,8 +227,7 @@ class MathGroup {
       const uint32_t x = bits - (kLeast << 23);
       most = max(most, bits == 0 ? 0 : __funnelshift_r(x, x, 23));
     }
-    return !ptx::named_barrier_or(kBarrierMathGroup + group_, 128,
-                                  most > kMost - kLeast);
+    return !ptx::named_barrier_or(kBarrierMathGroup + group_, 128, most > kMost - kLeast);
   }
 
   // S = K Q^T. Leaves the scales for the values.
@@ -233,8 +237,7 @@ class MathGroup {
     const uint32_t chunks = own_token(tokens) + lane_ % 4 * 16;
     const uint32_t q = ptx::smem_address(kSimple ? smem_.simple_q[0] : smem_.q[0]);
     Operand a[kOperands];
-    float rope[kAccumulators];
-    rope_scores(chunks, a, rope);
+    rope_scores(chunks, q + kLatentTiles * SharedStorage<P>::kTileBytes, a, s);
     Factor<kSimple> factors[2][kGroups];
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) {
@@ -261,24 +264,22 @@ class MathGroup {
           }
         }
         issue_scores<Element<kSimple>>(operand, q + tile * SharedStorage<P>::kTileBytes + 64 * i, s,
-                                       tile + i > 0);
+                                       true);
       }
     }
     wait_for_all(a);
-    wgmma::hold(rope);
     wgmma::hold(s);
-    Rows q_factors;
-    if constexpr (kSimple) q_factors = load_rows(smem_.q_factor);
+    if constexpr (kSimple) {
+      const Rows factors = load_rows(smem_.q_factor);
 #pragma unroll
-    for (int i = 0; i < kAccumulators; ++i) {
-      s[i] = kSimple ? fmaf(s[i], q_factors.of_row[row_of(i)], rope[i]) : s[i] + rope[i];
+      for (int i = 0; i < kAccumulators; ++i) s[i] *= factors.of_row[row_of(i)];
     }
   }
 
-  __device__ __forceinline__ void rope_scores(uint32_t chunks, Operand (&a)[kOperands],
-                                              float (&s)[kAccumulators]) {
-    const uint32_t q =
-        ptx::smem_address(smem_.q[0]) + kLatentTiles * SharedStorage<P>::kTileBytes;
+  // `q`: the RoPE columns of the queries.
+  __device__ __forceinline__ static void rope_scores(uint32_t chunks, uint32_t q,
+                                                     Operand (&a)[kOperands],
+                                                     float (&s)[kAccumulators]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Raw raw = load_raw(chunks + Token::kRopeOffset + 64 * i);
@@ -291,8 +292,8 @@ class MathGroup {
     for (int i = 0; i < 2; ++i) issue_scores<T>(a[i], q + 64 * i, s, i > 0);
   }
 
-  // Writes the scales as the values need them: of each group, for each q = lane % 4, those of tokens
-  // 8 * m + {0, 4} + q.
+  // Writes the scales as the values need them: of each group, for each q = lane % 4, those of
+  // tokens 8 * m + {0, 4} + q.
   template <bool kSimple>
   __device__ __forceinline__ void leave_scales(const float4 (&scales)[2]) const {
     const int group = lane_ % 4;  // of the four lanes that have the same tokens
@@ -347,12 +348,11 @@ class MathGroup {
   // The row, of this thread's, that an accumulator belongs to.
   __device__ __forceinline__ static constexpr int row_of(int i) { return i / 4 * 2 + i % 2; }
 
-  __device__ __forceinline__ void mask(const schedule::Piece& piece, int block, uint2 marks,
-                                       float (&s)[kAccumulators]) const {
-    if (!(scale_log2_ > 0.f)) [[unlikely]] {
+  __device__ __forceinline__ void mask(int block, uint2 marks, float (&s)[kAccumulators]) const {
+    if (!(scale_log2() > 0.f)) [[unlikely]] {
       // The largest score must become the largest exponent.
 #pragma unroll
-      for (int i = 0; i < kAccumulators; ++i) s[i] *= scale_log2_;
+      for (int i = 0; i < kAccumulators; ++i) s[i] *= scale_log2();
       wgmma::hold(s);
     }
     if constexpr (P::kSparse) {
@@ -375,12 +375,13 @@ class MathGroup {
         for (int i = 0; i < kAccumulators; ++i) s[i] = NAN;
         wgmma::hold(s);
       }
-      if ((block + 1) * kTokens > unmasked_tokens_) [[unlikely]] {
-        const int first_row = smem_.place.row_tile * kRows;
+      // The first row sees the fewest.
+      if ((block + 1) * kTokens > smem_.visible[group_][0]) [[unlikely]] {
 #pragma unroll
         for (int i = 0; i < kAccumulators; ++i) {
-          const int visible = visible_tokens(kp_, piece, first_row + row(row_of(i)));
-          if (block * kTokens + token(i / 2 % 2) >= visible) s[i] = -INFINITY;
+          if (block * kTokens + token(i / 2 % 2) >= smem_.visible[group_][row(row_of(i))]) {
+            s[i] = -INFINITY;
+          }
         }
         wgmma::hold(s);
       }
@@ -414,20 +415,21 @@ class MathGroup {
 
   // Turns s into P, sums up, and stores P, rounded.
   __device__ __forceinline__ void softmax(float (&s)[kAccumulators], bool simple) {
-    const float multiplier = scale_log2_ > 0.f ? scale_log2_ : 1.f;
+    const float multiplier = scale_log2() > 0.f ? scale_log2() : 1.f;
+    Rows max = load_rows(smem_.maxima[group_]);
     bool exceeds = false;
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
       const int first = i / 2 * 4 + i % 2;
-      exceeds |= fmaxf(s[first], s[first + 2]) * multiplier > max_[i] + kSlack;
+      exceeds |= fmaxf(s[first], s[first + 2]) * multiplier > max.of_row[i] + kSlack;
     }
     if (ptx::named_barrier_or(kBarrierMathGroup + group_, 128, exceeds)) [[unlikely]] {
-      move_max(s, multiplier);
+      move_max(s, multiplier, max);
     }
 #pragma unroll
     for (int i = 0; i < kAccumulators; ++i) {
       const int r = row_of(i);
-      s[i] = ptx::exp2_approx(fmaf(s[i], multiplier, -finite_max(max_[r])));
+      s[i] = ptx::exp2_approx(fmaf(s[i], multiplier, -finite_max(max.of_row[r])));
       sum_[r] += s[i];
     }
     if (simple) {
@@ -464,7 +466,8 @@ class MathGroup {
   }
 
   // Moves the maximum of the rows that exceed it by too much.
-  __device__ __forceinline__ void move_max(const float (&s)[kAccumulators], float multiplier) {
+  __device__ __forceinline__ void move_max(const float (&s)[kAccumulators], float multiplier,
+                                           Rows& max) {
     float (&warp_max)[4][kTileRows] = smem_.warp_max[group_];
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
@@ -479,12 +482,14 @@ class MathGroup {
     barrier_of_group();
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
-      float max = warp_max[0][row(i)];
+      float x = warp_max[0][row(i)];
 #pragma unroll
-      for (int warp = 1; warp < 4; ++warp) max = fmaxf(max, warp_max[warp][row(i)]);
-      if (!(max > max_[i] + kSlack)) continue;
-      const float factor = ptx::exp2_approx(max_[i] - max);
-      max_[i] = max;
+      for (int warp = 1; warp < 4; ++warp) x = fmaxf(x, warp_max[warp][row(i)]);
+      if (!(x > max.of_row[i] + kSlack)) continue;
+      const float factor = ptx::exp2_approx(max.of_row[i] - x);
+      max.of_row[i] = x;
+      // The others have read the old one before the barrier, and read this one after the next.
+      if (warp_ == 0 && lane_ < 4) smem_.maxima[group_][row(i)] = x;
       sum_[i] *= factor;
 #pragma unroll
       for (int tile = 0; tile < kLatentTiles; ++tile) {
@@ -501,9 +506,8 @@ class MathGroup {
   // of 32 tokens.
   template <bool kSimple>
   __device__ __forceinline__ void values(uint32_t tokens, int stage) {
-    const uint32_t columns = tokens +
-                             (lane_ / 8 * 8 + token_of_row(lane_ % 8)) * Token::kTokenBytes +
-                             warp_ * 16;
+    const uint32_t columns =
+        tokens + (lane_ / 8 * 8 + token_of_row(lane_ % 8)) * Token::kTokenBytes + warp_ * 16;
     const uint64_t p = wgmma::k_major(p_address(), kGroupBytes);
     using Scales = std::conditional_t<kSimple, __half2, float2>;  // of two tokens
     const uint32_t scales = ptx::smem_address(smem_.scales[0]) +
@@ -567,20 +571,22 @@ class MathGroup {
   // --- piece ------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void begin_piece(const schedule::Piece& piece) {
+    prepare_queries(piece);
 #pragma unroll
     for (int tile = 0; tile < kLatentTiles; ++tile) {
 #pragma unroll
       for (int i = 0; i < kAccumulators; ++i) out_[tile][i] = 0.f;
     }
 #pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) {
-      max_[i] = -INFINITY;
-      sum_[i] = 0.f;
+    for (int i = 0; i < kThreadRows; ++i) sum_[i] = 0.f;
+    // Not before: others may have looked at what the last piece has had. The group meets before
+    // this is read.
+    if (thread_ < kTileRows) {
+      smem_.maxima[group_][thread_] = -INFINITY;
+      if constexpr (!P::kSparse) {
+        smem_.visible[group_][thread_] = visible_tokens(kp_, piece, thread_);
+      }
     }
-    if constexpr (!P::kSparse) {
-      unmasked_tokens_ = visible_tokens(kp_, piece, smem_.place.row_tile * kRows);
-    }
-    prepare_queries(piece);
   }
 
   // Writes the queries. Nobody reads those of the last piece any more: the warpgroups have met at
@@ -588,10 +594,8 @@ class MathGroup {
   __device__ __forceinline__ void prepare_queries(const schedule::Piece& piece) {
     constexpr int kRowsAtOnce = 2;
     constexpr int kChunks = P::S::kDim / 8;  // of 16 bytes
-    const int first_row = smem_.place.row_tile * kRows;
-    const int64_t first_row_of_q =
-        (static_cast<int64_t>(piece.request) * kp_.p.slices + smem_.place.slice) * kp_.rows +
-        first_row;
+    const int64_t first_row =
+        (static_cast<int64_t>(piece.request) * kp_.p.slices + smem_.place.slice) * kp_.rows;
 #pragma unroll 1
     for (int first = (group_ * 4 + warp_) * kRowsAtOnce; first < kTileRows;
          first += P::kMathGroups * 4 * kRowsAtOnce) {
@@ -599,8 +603,8 @@ class MathGroup {
 #pragma unroll
       for (int i = 0; i < kRowsAtOnce; ++i) {
         const auto* source = reinterpret_cast<const uint4*>(static_cast<const T*>(kp_.p.q)) +
-                             (first_row_of_q + first + i) * kChunks;
-        const bool exists = first_row + first + i < kp_.rows;
+                             (first_row + first + i) * kChunks;
+        const bool exists = first + i < kp_.rows;
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
           const bool loads = exists && (k < 2 || lane_ < kChunks - 64);
@@ -613,13 +617,18 @@ class MathGroup {
         const uint32_t tile_row = ptx::smem_address(smem_.q[0]) + row * kRowBytes;
         const uint32_t simple_row = ptx::smem_address(smem_.simple_q[0]) + row * kRowBytes;
         // As fp16 the largest of a row lies in [2^14, 2^15), but none is made more than 2^40 times
-        // as large. Exponents of float32.
-        const uint32_t most =
+        // as large. RoPE columns that are 2^32 times as large count too, lest they become infinite.
+        // Exponents of float32.
+        const uint32_t latent_most =
             __reduce_max_sync(0xffffffff, max(largest(x[i][0]), largest(x[i][1])));
-        const int exponent = max(static_cast<int>(most >> 7), 127 + 14 - 40);
+        const uint32_t rope_most = __reduce_max_sync(0xffffffff, largest(x[i][2]));
+        const int exponent =
+            max(max(static_cast<int>(latent_most >> 7), static_cast<int>(rope_most >> 7) - 32),
+                127 + 14 - 40);
         const float factor = __uint_as_float((2 * 127 + 14 - exponent) << 23);
         if (lane_ == 0) {
-          smem_.q_factor[row] = most >= 0x7f80 ? NAN : __uint_as_float((exponent - 14) << 23);
+          smem_.q_factor[row] =
+              max(latent_most, rope_most) >= 0x7f80 ? NAN : __uint_as_float((exponent - 14) << 23);
         }
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
@@ -628,12 +637,14 @@ class MathGroup {
           const uint32_t tile = chunk / 8 * SharedStorage<P>::kTileBytes;
           const int step = chunk % 2 * 2, q = chunk / 2 % 4;
           store_pairs(x[i][k], tile_row + tile, row, step, q);
-          store_pairs(to_halves(x[i][k], factor), simple_row + tile, row, step, q);
+          store_pairs(scaled<__half>(x[i][k], factor), simple_row + tile, row, step, q);
         }
         if (lane_ < kChunks - 64) {
           // Two times 8 side by side, of each step four.
-          store_pairs(x[i][2], tile_row + kLatentTiles * SharedStorage<P>::kTileBytes, row,
-                      lane_ / 4 * 2, lane_ % 4);
+          constexpr uint32_t kTile = kLatentTiles * SharedStorage<P>::kTileBytes;
+          const int step = lane_ / 4 * 2, q = lane_ % 4;
+          store_pairs(x[i][2], tile_row + kTile, row, step, q);
+          store_pairs(scaled<T>(x[i][2], factor), simple_row + kTile, row, step, q);
         }
       }
     }
@@ -649,10 +660,11 @@ class MathGroup {
   }
 
   // Pairs of bfloat16 times a factor.
-  __device__ __forceinline__ static uint4 to_halves(const uint4& x, float factor) {
+  template <typename To>
+  __device__ __forceinline__ static uint4 scaled(const uint4& x, float factor) {
     const auto pair = [factor](uint32_t x) {
-      return ptx::pack<__half>(__uint_as_float(x << 16) * factor,
-                               __uint_as_float(x & 0xffff0000) * factor);
+      return ptx::pack<To>(__uint_as_float(x << 16) * factor,
+                           __uint_as_float(x & 0xffff0000) * factor);
     };
     return {pair(x.x), pair(x.y), pair(x.z), pair(x.w)};
   }
@@ -677,31 +689,9 @@ class MathGroup {
       for (int distance = 4; distance <= 16; distance *= 2) {
         sum_[i] += __shfl_xor_sync(0xffffffff, sum_[i], distance);
       }
-      if (lane_ < 4) {
-        smem_.sums[group_][warp_][row(i)] = sum_[i];
-        if (warp_ == 0) smem_.maxima[group_][row(i)] = max_[i];
-      }
+      if (lane_ < 4) smem_.sums[group_][warp_][row(i)] = sum_[i];
     }
     barrier_of_groups();  // The queries, whose place is taken now, have been read.
-    Rows max, sums, factors[P::kMathGroups];
-#pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) {
-      max.of_row[i] = smem_.maxima[0][row(i)];
-#pragma unroll
-      for (int g = 1; g < P::kMathGroups; ++g) {
-        max.of_row[i] = fmaxf(max.of_row[i], smem_.maxima[g][row(i)]);
-      }
-      sums.of_row[i] = 0.f;
-#pragma unroll
-      for (int g = 0; g < P::kMathGroups; ++g) {
-        factors[g].of_row[i] =
-            ptx::exp2_approx(smem_.maxima[g][row(i)] - finite_max(max.of_row[i]));
-        float sum = smem_.sums[g][0][row(i)];
-#pragma unroll
-        for (int warp = 1; warp < 4; ++warp) sum += smem_.sums[g][warp][row(i)];
-        sums.of_row[i] += sum * factors[g].of_row[i];
-      }
-    }
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       // What a warpgroup stores is to lie in the first half of the registers, what it leaves for
@@ -709,15 +699,38 @@ class MathGroup {
       if (half == 0 ? group_ > 0 : group_ > 1) swap_halves();
       if (group_ != half) leave_half(group_ < half ? group_ : group_ - 1);
       barrier_of_groups();
-      if (group_ == half) add_halves(half, factors);
-      if (half == 0) barrier_of_groups();  // the other half comes to the same place
+      if (group_ == half) add_halves();
+      barrier_of_groups();  // The other half, or other queries, come to the same place.
     }
     if (group_ >= 2) return;
     if (piece.slot >= 0) {
-      store_partial(piece, max, sums);
+      store_partial(piece);
     } else {
-      store_final(piece, max, sums);
+      store_final(piece);
     }
+  }
+
+  // Maximum and sum of weights of a row, over all warpgroups. Not kept: registers are scarce.
+  __device__ __forceinline__ float row_max(int row) const {
+    float max = smem_.maxima[0][row];
+#pragma unroll
+    for (int g = 1; g < P::kMathGroups; ++g) max = fmaxf(max, smem_.maxima[g][row]);
+    return max;
+  }
+  __device__ __forceinline__ float row_sum(int row, float max) const {
+    float total = 0.f;
+#pragma unroll
+    for (int g = 0; g < P::kMathGroups; ++g) {
+      float sum = smem_.sums[g][0][row];
+#pragma unroll
+      for (int warp = 1; warp < 4; ++warp) sum += smem_.sums[g][warp][row];
+      total += sum * weight(g, row, max);
+    }
+    return total;
+  }
+  // What the results of warpgroup g count.
+  __device__ __forceinline__ float weight(int g, int row, float max) const {
+    return ptx::exp2_approx(smem_.maxima[g][row] - finite_max(max));
   }
 
   __device__ __forceinline__ void swap_halves() {
@@ -734,7 +747,8 @@ class MathGroup {
 
   // Where the results of the other warpgroups are left: in place of the queries.
   using Exchange = float4[P::kMathGroups - 1][kHalfTiles][kTileRows / 8][128];
-  static_assert(sizeof(Exchange) <= sizeof(SharedStorage<P>::q) + sizeof(SharedStorage<P>::simple_q));
+  static_assert(sizeof(Exchange) <=
+                sizeof(SharedStorage<P>::q) + sizeof(SharedStorage<P>::simple_q));
   __device__ __forceinline__ Exchange& exchange() const {
     return reinterpret_cast<Exchange&>(smem_.q);
   }
@@ -751,45 +765,53 @@ class MathGroup {
   }
 
   // Adds what the others have left, in a fixed order.
-  __device__ __forceinline__ void add_halves(int half, const Rows (&factors)[P::kMathGroups]) {
+  __device__ __forceinline__ void add_halves() {
 #pragma unroll
-    for (int tile = 0; tile < kHalfTiles; ++tile) {
+    for (int r = 0; r < kThreadRows; ++r) {
+      const float max = row_max(row(r));
+      const float factor = weight(group_, row(r), max);
 #pragma unroll
-      for (int i = 0; i < kAccumulators; ++i) {
-        const int r = row_of(i);
-        out_[tile][i] *= half == 0 ? factors[0].of_row[r] : factors[1].of_row[r];
+      for (int tile = 0; tile < kHalfTiles; ++tile) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) out_[tile][r / 2 * 4 + 2 * h + r % 2] *= factor;
       }
     }
 #pragma unroll
     for (int place = 0; place < P::kMathGroups - 1; ++place) {
+      const int group = place < group_ ? place : place + 1;
 #pragma unroll
-      for (int tile = 0; tile < kHalfTiles; ++tile) {
+      for (int j = 0; j < kTileRows / 8; ++j) {
+        float factors[2];
 #pragma unroll
-        for (int j = 0; j < kTileRows / 8; ++j) {
-          const float4 other = exchange()[place][tile][j][thread_];
-          const float x[4] = {other.x, other.y, other.z, other.w};
+        for (int e = 0; e < 2; ++e) {
+          factors[e] = weight(group, row(2 * j + e), row_max(row(2 * j + e)));
+        }
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int r = 2 * j + k % 2;
-            const float factor =
-                place < half ? factors[place].of_row[r] : factors[place + 1].of_row[r];
-            out_[tile][4 * j + k] = fmaf(x[k], factor, out_[tile][4 * j + k]);
-          }
+        for (int tile = 0; tile < kHalfTiles; ++tile) {
+          const float4 x = exchange()[place][tile][j][thread_];
+          float* out = &out_[tile][4 * j];
+          out[0] = fmaf(x.x, factors[0], out[0]);
+          out[1] = fmaf(x.y, factors[1], out[1]);
+          out[2] = fmaf(x.z, factors[0], out[2]);
+          out[3] = fmaf(x.w, factors[1], out[3]);
         }
       }
     }
   }
 
-  __device__ __forceinline__ void store_final(const schedule::Piece& piece, const Rows& max,
-                                              const Rows& sums) const {
+  __device__ __forceinline__ void store_final(const schedule::Piece& piece) const {
+    // Opaque: what follows from it would be worked out in advance, and there is no register for it.
+    int columns = warp_ * 8 + lane_ / 4;
+    asm volatile("" : "+r"(columns));
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
       if (row(r) >= kp_.rows) continue;
       const RowIndex index = row_index(kp_, smem_.place.slice, row(r));
+      const float max = row_max(row(r));
       const auto [lse, factor] =
-          final_row(kp_.p, piece.request, index.head, max.of_row[r], sums.of_row[r]);
+          final_row(kp_.p, piece.request, index.head, max, row_sum(row(r), max));
       uint32_t* out = static_cast<uint32_t*>(kp_.p.out) + out_row(kp_, piece.request, index) * 256 +
-                      group_ * 128 + warp_ * 8 + lane_ / 4;
+                      group_ * 128 + columns;
 #pragma unroll
       for (int tile = 0; tile < kHalfTiles; ++tile) {
         const float* x = &out_[tile][r / 2 * 4 + r % 2];
@@ -800,17 +822,15 @@ class MathGroup {
   }
 
   // A thread's two columns of two rows, 8 apart, are what a lane has in the order of the workspace.
-  __device__ __forceinline__ void store_partial(const schedule::Piece& piece, const Rows& max,
-                                                const Rows& sums) const {
+  __device__ __forceinline__ void store_partial(const schedule::Piece& piece) const {
 #pragma unroll
     for (int slab_of_tile = 0; slab_of_tile < kTileRows / partial::kSlabRows; ++slab_of_tile) {
       if (slab_of_tile * partial::kSlabRows >= kp_.rows) break;
       const int64_t slab = partial_slab(kp_, smem_.place, piece, slab_of_tile);
       // Of its 16 columns in a tile of 64 a warp has two tiles of the workspace.
-      float4* values = reinterpret_cast<float4*>(kp_.p.partial_out) +
-                       slab * (partial::values(512) / 4) +
-                       (group_ * kHalfTiles * 8 + warp_ * 2 + lane_ / 16) * partial::kLanes +
-                       lane_ / 4 % 4;
+      float4* values =
+          reinterpret_cast<float4*>(kp_.p.partial_out) + slab * (partial::values(512) / 4) +
+          (group_ * kHalfTiles * 8 + warp_ * 2 + lane_ / 16) * partial::kLanes + lane_ / 4 % 4;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int line = lane_ % 4 * 2 + e;
@@ -822,8 +842,9 @@ class MathGroup {
         if (group_ == 0 && thread_ < 4) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int r = 4 * slab_of_tile + 2 * h + e;
-            store_partial_sums(kp_, slab, line, h, {max.of_row[r], sums.of_row[r]});
+            const int row = slab_of_tile * partial::kSlabRows + 8 * h + line;
+            const float max = row_max(row);
+            store_partial_sums(kp_, slab, line, h, {max, row_sum(row, max)});
           }
         }
       }
@@ -840,11 +861,8 @@ class MathGroup {
   int warp_;
 
   float out_[kLatentTiles][kAccumulators];
-  float max_[kThreadRows];  // base-2 scaled, -inf while nothing was attended
   float sum_[kThreadRows];  // of this thread's tokens of this warpgroup's blocks
-  float scale_log2_;
-  int unmasked_tokens_;  // no row is masked before this token
-  int number_ = 0;       // of the piece's first block, in the part
+  int to_number_ = 0;       // from a block of the piece to its number in the part
 };
 
 }  // namespace flashmla::sm90::fp8_decode

@@ -14,8 +14,8 @@ struct SharedStorage<fp8_decode::Problem<kSparse, kTileRows>> {
   static constexpr int kTileBytes = kTileRows * kRowBytes;
   // Queries: latent columns and RoPE columns, in the order in which lanes have those of the keys.
   alignas(1024) uint8_t q[fp8_decode::kLatentTiles + 1][kTileBytes];
-  // Latent columns as fp16.
-  alignas(1024) uint8_t simple_q[fp8_decode::kLatentTiles][kTileBytes];
+  // The same times a power of two for each row, latent columns as fp16.
+  alignas(1024) uint8_t simple_q[fp8_decode::kLatentTiles + 1][kTileBytes];
   // Of each warpgroup P of its block, a token a column, in the type of the values.
   alignas(1024) uint8_t p[P::kMathGroups][kTileBytes];
   // Blocks as they lie in the cache.
@@ -35,9 +35,12 @@ struct SharedStorage<fp8_decode::Problem<kSparse, kTileRows>> {
   // Of each warpgroup the scales of its block as the values need them; simple ones as fp16.
   alignas(16) float scales[P::kMathGroups][fp8_decode::kGroups * kTokens];
   alignas(16) float q_factor[kTileRows];  // undoes that of simple_q; NaN if a row is not finite
-  float warp_max[P::kMathGroups][4][kTileRows];
-  float sums[P::kMathGroups][4][kTileRows];  // of the weights that each warp has had
+  // Of each warpgroup: the running maximum (base-2 scaled scores), -inf while nothing was attended;
+  // that of each warp, if it moves; the sums of the weights that each warp has had.
   float maxima[P::kMathGroups][kTileRows];
+  float warp_max[P::kMathGroups][4][kTileRows];
+  float sums[P::kMathGroups][4][kTileRows];
+  int visible[P::kMathGroups][kTileRows];  // dense: tokens that a row attends to
   Place place;
   uint2 marks[P::kStages];
 

@@ -1,7 +1,7 @@
+#include "sm90/fp8_decode/fp8_decode.h"
 #include "sm90/fp8_matmul_decode/fp8_matmul_decode.h"
 #include "sm90/gathered_decode/launch.cuh"
 #include "sm90/gathered_decode/launch.h"
-#include "sm90/fp8_decode/fp8_decode.h"
 
 namespace flashmla {
 namespace {
