@@ -85,8 +85,10 @@ _DECODE = (
     _number("peer_over_ours", "peer/ours", 9, ".2f"),
 )
 _FP8_ERROR = _number("fp8_matmul_error", "error", 6, ".1%")
+_POWERS = _number("power_of_two_us", "powers of 2", 11, ".1f")
 _SPARSE = (
     *_DECODE,
+    _POWERS,
     _number("invariant_us", "invariant", 9, ".1f"),
     _number("invariant_over_ordinary", "ratio", 6, ".2f"),
     _number("fp8_matmul_us", "FP8 products", 12, ".1f"),
@@ -146,8 +148,10 @@ TABLES = {
             *_RATES,
             _fraction("read"),
             _fraction("matmul"),
+            _POWERS,
             _number("plain_us", "bf16", 9, ".1f"),
             _number("over_plain", "FP8/bf16", 9, ".2f"),
+            _number("power_of_two_over_plain", "with these", 10, ".2f"),
             _number("fp8_matmul_us", "FP8 products", 12, ".1f"),
             _number("plain_over_fp8_matmul", "bf16/that", 9, ".2f"),
             _FP8_ERROR,

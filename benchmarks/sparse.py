@@ -44,14 +44,14 @@ _XLA_ROWS = (
 # Inputs
 
 
-@functools.partial(jax.jit, static_argnames=("pages", "cache_format"))
-def random_pool(pages: int, cache_format: str) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("pages", "cache_format", "power_of_two_scales"))
+def random_pool(pages: int, cache_format: str, power_of_two_scales: bool = False) -> jax.Array:
     """A cache of at least so many pages of 64 tokens: normal / 10, quantised as the format does."""
     d = sparse_cases.DIMS[cache_format]
     shape = (_PAGES_AT_ONCE, PAGE_SIZE, 1, d)
     values = jax.random.normal(jax.random.key(2), shape, jnp.bfloat16) / 10
     if cache_format != "plain":
-        options = {} if cache_format == "fp8_v4" else {"power_of_two_scales": False}
+        options = {"power_of_two_scales": power_of_two_scales} if cache_format == "fp8_v32" else {}
         values = quantization.quantize_k_cache(values, cache_format=cache_format, **options)
     repeats = max(-(-pages // _PAGES_AT_ONCE), 1)
     return jnp.tile(values, (repeats, *(1,) * (values.ndim - 1)))
@@ -88,16 +88,17 @@ class Timer:
 
     def __init__(self, limits: dict[str, float], launches: int, replays: int, slots: int):
         self.limits, self.launches, self.replays, self.slots = limits, launches, replays, slots
-        self._pools: dict[str, jax.Array] = {}
+        self._pools: dict[tuple[str, bool], jax.Array] = {}
         self._known: dict[tuple[Any, ...], measure.Times] = {}
         self._errors: dict[BenchmarkCase | DenseCase, float] = {}
 
-    def pool(self, cache_format: str) -> jax.Array:
+    def pool(self, cache_format: str, power_of_two_scales: bool = False) -> jax.Array:
         """The cache of this format, made when it is first asked for."""
-        if cache_format not in self._pools:
+        key = cache_format, power_of_two_scales
+        if key not in self._pools:
             pages = -(-self.slots // PAGE_SIZE)
-            self._pools[cache_format] = random_pool(pages, cache_format)
-        return self._pools[cache_format]
+            self._pools[key] = random_pool(pages, cache_format, power_of_two_scales)
+        return self._pools[key]
 
     def _timed(self, key: tuple[Any, ...], make: Callable[[], Any]) -> measure.Times:
         if key not in self._known:
@@ -108,39 +109,40 @@ class Timer:
             )
         return self._known[key]
 
-    def _sparse(self, case: BenchmarkCase, **options: bool) -> RawSparseDecode:
+    def _sparse(
+        self, case: BenchmarkCase, power_of_two_scales: bool = False, **options: bool
+    ) -> RawSparseDecode:
         return RawSparseDecode(
-            **arrays_of(case, self.pool(case.cache_format)),
+            **arrays_of(case, self.pool(case.cache_format, power_of_two_scales)),
             softmax_scale=case.softmax_scale,
             cache_format=case.cache_format,
             head_dim_v=case.dv,
             **options,
         )
 
-    def _dense(self, case: DenseCase, cache_format: str, **options: bool) -> RawDenseDecode:
+    def _dense(
+        self,
+        case: DenseCase,
+        cache_format: str,
+        power_of_two_scales: bool = False,
+        **options: bool,
+    ) -> RawDenseDecode:
         return RawDenseDecode(
-            **measure.arrays_of(case, self.pool(cache_format)),
+            **measure.arrays_of(case, self.pool(cache_format, power_of_two_scales)),
             softmax_scale=case.softmax_scale,
             cache_format=cache_format,
             **options,
         )
 
-    def raw(
-        self, case: BenchmarkCase, batch_invariant: bool = False, fp8_matmul: bool = False
-    ) -> measure.Times:
+    def raw(self, case: BenchmarkCase, **options: bool) -> measure.Times:
         """Times of a sparse case through the raw launchers."""
-        return self._timed(
-            (case, batch_invariant, fp8_matmul),
-            lambda: self._sparse(case, batch_invariant=batch_invariant, fp8_matmul=fp8_matmul),
-        )
+        return self._timed((case, *options.items()), lambda: self._sparse(case, **options))
 
-    def raw_dense(
-        self, case: DenseCase, cache_format: str, fp8_matmul: bool = False
-    ) -> measure.Times:
+    def raw_dense(self, case: DenseCase, cache_format: str, **options: bool) -> measure.Times:
         """Times of a dense case over a cache of this format."""
         return self._timed(
-            (case, cache_format, fp8_matmul),
-            lambda: self._dense(case, cache_format, fp8_matmul=fp8_matmul),
+            (case, cache_format, *options.items()),
+            lambda: self._dense(case, cache_format, **options),
         )
 
     def fp8_matmul_error(self, case: BenchmarkCase | DenseCase) -> float:
@@ -161,8 +163,9 @@ class Timer:
     def decode(self, case: BenchmarkCase) -> Row:
         """A sparse case beside the ceilings and the peer; batch-invariant; with FP8 products."""
         times, invariant = self.raw(case), self.raw(case, batch_invariant=True)
-        fp8_us = error = None
+        powers_us = fp8_us = error = None
         if case.cache_format == "fp8_v32":
+            powers_us = self.raw(case, power_of_two_scales=True).us
             fp8_us = self.raw(case, fp8_matmul=True).us
             error = self.fp8_matmul_error(case)
         return {
@@ -172,6 +175,7 @@ class Timer:
             **self._rates(case.flop(), case.bytes(), times.us),
             "peer_us": case.peer_us,
             "peer_over_ours": None if case.peer_us is None else case.peer_us / times.us,
+            "power_of_two_us": powers_us,
             "invariant_us": invariant.us,
             "invariant_over_ordinary": invariant.us / times.us,
             "fp8_matmul_us": fp8_us,
@@ -182,14 +186,17 @@ class Timer:
     def fp8_dense(self, case: DenseCase) -> Row:
         """Dense decode over an FP8 cache, ordinary and in FP8, and over a bfloat16 one."""
         us = self.raw_dense(case, "fp8_v32").us
+        powers_us = self.raw_dense(case, "fp8_v32", power_of_two_scales=True).us
         plain_us = self.raw_dense(case, "plain").us
         fp8_us = self.raw_dense(case, "fp8_v32", fp8_matmul=True).us
         return {
             **measure.sizes(case),
             "us": us,
             **self._rates(case.flop(), sparse_cases.fp8_dense_bytes(case), us),
+            "power_of_two_us": powers_us,
             "plain_us": plain_us,
             "over_plain": us / plain_us,
+            "power_of_two_over_plain": powers_us / plain_us,
             "fp8_matmul_us": fp8_us,
             "plain_over_fp8_matmul": plain_us / fp8_us,
             "fp8_matmul_error": self.fp8_matmul_error(case),

@@ -597,8 +597,11 @@ def more_rows() -> tuple[BenchmarkCase, ...]:
 #: Dense decode over an FP8 cache beside bfloat16: b, s_k, h_q.
 _FP8_DENSE_ROWS = (
     (128, 4096, 16),
+    (128, 16384, 16),
     (128, 8192, 32),
     (32, 4096, 16),
+    (1, 16384, 16),
+    (128, 4096, 64),
     (128, 4096, 128),
     (64, 4096, 128),
     (256, 4096, 128),

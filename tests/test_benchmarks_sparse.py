@@ -45,13 +45,13 @@ class MadeUpTimer(sparse.Timer):
         super().__init__(LIMITS, launches=1, replays=1, slots=64)
         self.us = us
 
-    def raw(self, case, batch_invariant=False, fp8_matmul=False):
-        assert case.cache_format == "fp8_v32" or not fp8_matmul
+    def raw(self, case, batch_invariant=False, fp8_matmul=False, power_of_two_scales=False):
+        assert case.cache_format == "fp8_v32" or not (fp8_matmul or power_of_two_scales)
         factor = (1.2 if batch_invariant else 1) / (1.5 if fp8_matmul else 1)
         return measure.Times(self.us(case) * factor, 3.0)
 
-    def raw_dense(self, case, cache_format, fp8_matmul=False):
-        assert cache_format == "fp8_v32" or not fp8_matmul
+    def raw_dense(self, case, cache_format, fp8_matmul=False, power_of_two_scales=False):
+        assert cache_format == "fp8_v32" or not (fp8_matmul or power_of_two_scales)
         return measure.Times(self.us(case) / (1.5 if fp8_matmul else 1), 3.0)
 
     def fp8_matmul_error(self, case):

@@ -242,8 +242,6 @@ def _sparse(name: str, case: SparseCase, tools: tuple[str, ...] = TOOLS, **optio
 _EXTRA = {"extra_topk": 70, "extra_slots": 130, "extra_page_size": 2, "extra_topk_length": True}
 
 for _kind, _format in sparse_cases.FORMATS.items():
-    if _kind == "v32":
-        continue  # the kernel is that of v32-arbitrary
     # Whole and cut requests and an empty one, invalid indices, both caches.
     _sparse(
         f"sparse-{_kind}",
@@ -340,11 +338,17 @@ def _sparse_schedules() -> None:
 # ------------------------------------------------------------------ dense decode over FP8
 
 
-def _fp8_dense(name: str, case: DenseCase, tools: tuple[str, ...] = TOOLS, **options) -> None:
+def _fp8_dense(
+    name: str,
+    case: DenseCase,
+    tools: tuple[str, ...] = TOOLS,
+    scales: str = "arbitrary",
+    **options,
+) -> None:
     case = dataclasses.replace(case, name=name)
 
     def check() -> None:
-        inputs = sparse_cases.build_fp8_dense(case)
+        inputs = sparse_cases.build_fp8_dense(case, scales=scales)
         got = sparse_cases.raw_dense_launcher(inputs, **options).run()
         oracle.check_decode("dense_decode", inputs, got)
 
@@ -352,6 +356,19 @@ def _fp8_dense(name: str, case: DenseCase, tools: tuple[str, ...] = TOOLS, **opt
 
 
 _fp8_dense("fp8-dense", DenseCase("", 3, 0, 16, lengths=(700, 0, 65)), num_sm_parts=3)
+_fp8_dense(
+    "fp8-dense-powers",
+    DenseCase("", 3, 0, 16, lengths=(500, 0, 65)),
+    scales="power",
+    num_sm_parts=3,
+)
+for _scales in ("arbitrary", "power"):
+    _fp8_dense(
+        f"fp8-dense-32-rows-{_scales}",
+        DenseCase("", 2, 0, 16, s_q=2, causal=True, lengths=(300, 65), attn_sink=True),
+        scales=_scales,
+        num_sm_parts=2,
+    )
 _fp8_dense(
     "fp8-dense-two-row-tiles",
     DenseCase("", 2, 0, 65, s_q=2, causal=True, lengths=(200, 37), page_size=16, attn_sink=True),

@@ -195,6 +195,23 @@ def test_scores(scores, scales, parts):
     check(inputs, launch(inputs, num_sm_parts=parts))
 
 
+@pytest.mark.parametrize("h_q", [3, 16, 17, 32, 64])
+@pytest.mark.parametrize("parts", [1, 5, None])
+def test_powers_of_two_beside_other_scales(h_q, parts):
+    """Blocks of either kind in a request, and blocks with both: each has products of its own."""
+    case = DenseCase(f"fp8-mixed-{h_q}", 2, 0, h_q, causal=True, lengths=(2000, 333))
+    inputs = build_fp8_dense(case, scales="power")
+    data = inputs.data.copy()
+    other = build_fp8_dense(case, scales="arbitrary").data
+    rng = np.random.default_rng(h_q)
+    pages = rng.random(len(data)) < 0.4
+    data[pages] = other[pages]
+    tokens = rng.random(data.shape[:2]) < 0.002
+    data[tokens] = other[tokens]
+    mixed = inputs.with_data(data)
+    check(mixed, launch(mixed, num_sm_parts=parts))
+
+
 @pytest.mark.parametrize("parts", [1, 2, 7, 132, 500])
 @pytest.mark.parametrize("batch_invariant", [False, True], ids=["", "invariant"])
 def test_any_number_of_parts(parts, batch_invariant):

@@ -557,17 +557,22 @@ def right_by_tiles(changed, got, *, or_nan=False):
     oracle.check_norm("sparse_decode", "lse", got[1], want[1], bound=2e-4)
 
 
+@pytest.mark.parametrize("h_q", [16, 20, 64])
+@pytest.mark.parametrize("powers", [False, True], ids=["any", "powers"])
 @pytest.mark.parametrize(
-    "low,high", [(2**-20, 2**-10), (1 / 3, 3), (50, 255), (200, 4000)], ids=str
+    "low,high",
+    [(2**-20, 2**-10), (2**-15, 2**-12), (1 / 3, 3), (16, 128), (50, 255), (200, 4000)],
+    ids=str,
 )
-def test_scales_of_any_size(low, high):
-    """Scales that are no powers of two, small ones and large ones, each tile its own."""
-    case = SparseCase("scales", 2, 300, 20, s_q=2, cache_format="fp8_v32", invalid=0.0)
+def test_scales_of_any_size(low, high, powers, h_q):
+    """Scales that are powers of two or not, small ones and large ones, each tile its own."""
+    case = SparseCase("scales", 2, 300, h_q, s_q=2, cache_format="fp8_v32", invalid=0.0)
     inputs = cases.build_sparse(case)
     data = inputs.cache.data.copy()
     rng = np.random.default_rng(int(high))
     for slot in np.flatnonzero(is_used(inputs)).tolist():
-        scales = np.exp(rng.uniform(np.log(low), np.log(high), 4)).astype(np.float32)
+        exponents = rng.uniform(np.log2(low), np.log2(high), 4)
+        scales = np.exp2(np.round(exponents) if powers else exponents).astype(np.float32)
         token_bytes(data, case, slot, "scales")[:] = scales.view(np.uint8)
     changed = sparse_cases.with_data(inputs, data)
     # Scores of a deviation of about 1, whatever the scales.
