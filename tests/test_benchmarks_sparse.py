@@ -233,27 +233,36 @@ def test_a_case_is_timed_once(monkeypatch):
 
     monkeypatch.setattr(sparse, "RawSparseDecode", Problem)
     monkeypatch.setattr(sparse, "RawDenseDecode", Problem)
-    monkeypatch.setattr(sparse, "arrays_of", lambda case, pool: {})
-    monkeypatch.setattr(measure, "arrays_of", lambda case, pool: {})
-    monkeypatch.setattr(sparse, "random_pool", lambda pages, cache_format: (pages, cache_format))
+    monkeypatch.setattr(sparse, "arrays_of", lambda case, pool: {"pool": pool})
+    monkeypatch.setattr(measure, "arrays_of", lambda case, pool: {"pool": pool})
+    monkeypatch.setattr(sparse, "random_pool", lambda *arguments: arguments)
     timer = sparse.Timer(LIMITS, launches=7, replays=2, slots=128)
     case = PEERS["v32-b64-h64-sq1-topk2048"]
     row = timer.decode(case)
     timer.decode(case)
-    # Timed ordinary, batch-invariant and with FP8 products; then two of them for the error.
-    kinds = [(problem.get("batch_invariant"), problem["fp8_matmul"]) for problem in launched]
-    assert kinds == [(False, False), (True, False), (False, True), (None, False), (None, True)]
+    # Timed ordinary, batch-invariant, with power-of-two scales and with FP8 products; then two of
+    # them for the error.
+    kinds = [(p.get("batch_invariant"), p["pool"][2], p.get("fp8_matmul")) for p in launched]
+    assert kinds == [
+        (None, False, None),
+        (True, False, None),
+        (None, True, None),
+        (None, False, True),
+        (None, False, False),
+        (None, False, True),
+    ]
     assert row["us"] == 5.0 and row["peer_over_ours"] == pytest.approx(76.4 / 5)
     assert row["of_matmul_ceiling"] == pytest.approx(case.flop() / 5e-6 / 720e12)
     assert row["gb_per_s"] == pytest.approx(case.bytes() / 5e-6 / 1e9)
-    assert timer.pool("fp8_v4") == (2, "fp8_v4")
+    assert timer.pool("fp8_v4") == (2, "fp8_v4", False)
 
     launched.clear()
     for _ in range(2):
         row = timer.fp8_dense(cases.DenseCase("x", 2, 100, 16))
         assert row["over_plain"] == 1.0
-    formats = ["fp8_v32", "plain", "fp8_v32", "fp8_v32", "fp8_v32"]
+    formats = ["fp8_v32", "fp8_v32", "plain", "fp8_v32", "fp8_v32", "fp8_v32"]
     assert [problem["cache_format"] for problem in launched] == formats
+    assert [problem["pool"][2] for problem in launched] == [False, True, False, False, False, False]
 
 
 # --- Tables, targets, plots -------------------------------------------------------------------
@@ -329,7 +338,7 @@ def test_fp8_products_are_compared_with_the_ordinary_ones(monkeypatch):
     launched = []
 
     class Problem:
-        def __init__(self, fp8_matmul, **arguments):
+        def __init__(self, fp8_matmul=False, **arguments):
             launched.append((arguments["cache_format"], fp8_matmul))
             self.fp8_matmul = fp8_matmul
 
@@ -345,7 +354,7 @@ def test_fp8_products_are_compared_with_the_ordinary_ones(monkeypatch):
     monkeypatch.setattr(sparse, "RawDenseDecode", Problem)
     monkeypatch.setattr(sparse, "arrays_of", lambda case, pool: {})
     monkeypatch.setattr(measure, "arrays_of", lambda case, pool: {})
-    monkeypatch.setattr(sparse.Timer, "pool", lambda self, cache_format: None)
+    monkeypatch.setattr(sparse.Timer, "pool", lambda self, *_: None)
     timer = sparse.Timer(LIMITS, launches=7, replays=2, slots=128)
     row = timer.fp8_dense(cases.DenseCase("x", 2, 100, 128))
     assert row["fp8_matmul_us"] == 4.0 and row["plain_over_fp8_matmul"] == 1.5
