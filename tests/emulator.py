@@ -1,4 +1,4 @@
-"""The scheduler and the merge, which are CUDA kernels, on the CPU: see emulation/simt.h.
+"""Some of the CUDA kernels on the CPU: see emulation/simt.h.
 
 A thread of the CPU runs each thread of a kernel, under sanitizers, so that a machine without a GPU
 sees an access out of bounds, undefined behaviour, or a race within a CTA.
@@ -14,7 +14,12 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("csrc/smxx/combine.cu", "csrc/smxx/scheduler.cu", "tests/emulation/main.cc")
+SOURCES = (
+    "csrc/smxx/combine.cu",
+    "csrc/smxx/scheduler.cu",
+    "csrc/sm90/fp8_decode/launch.cu",
+    "tests/emulation/main.cc",
+)
 
 #: What each build of the emulator looks for.
 SANITIZERS = {
@@ -40,7 +45,8 @@ class Emulator:
     def __init__(self, folder: Path, sanitizer: str):
         self.folder = folder
         self.program = folder / "emulator"
-        options = ["-std=c++20", "-O1", "-g", "-pthread", *SANITIZERS[sanitizer]]
+        options = ["-std=c++20", "-O1", "-g", "-pthread", "-fno-strict-aliasing", "-D__CUDACC__"]
+        options += SANITIZERS[sanitizer]
         options += ["-include", "tests/emulation/simt.h", "-Itests/emulation", "-Icsrc"]
         command = [compiler(), *options, "-x", "c++", *SOURCES, "-o", self.program]
         subprocess.run(command, cwd=ROOT, check=True)

@@ -1,4 +1,4 @@
-"""The CUDA sources of the scheduler and the merge, emulated on the CPU under sanitizers.
+"""CUDA sources emulated on the CPU under sanitizers: the scheduler, the merge, decode over FP8.
 
 So is the walk over a schedule, which the attention kernels do. Values are checked against the
 planner in jnp and a merge in float64. The same kernels are tested on GPUs (tests/gpu); here no GPU
@@ -7,9 +7,13 @@ is needed, and shared memory holds garbage when a CTA starts.
 
 import functools
 
+import cases
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+import sparse_cases
+from cases import DenseCase, SparseCase
 from emulator import SANITIZERS, Emulator, compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -346,3 +350,103 @@ def test_nothing_is_merged_by_a_broken_schedule(emulator, name, seed):
     merge.arrays["schedule_is_broken"][:] = 1
     out, lse = merge.run(emulator)
     assert (out == UNTOUCHED).all() and (lse == -777).all()
+
+
+# ------------------------------------------------------------------ decode
+
+
+def decode(emulator, inputs, parts):
+    """``(out, lse)`` of dense or sparse decode over a V3.2 cache: plan, attention, merge."""
+    case, sparse = inputs.case, isinstance(inputs.case, SparseCase)
+    b, s_q, h_q, _ = inputs.q.shape
+    slices = s_q if sparse else 1
+    slabs = 2 * parts * slices * -(-(s_q * h_q // slices) // 16)
+    lengths = inputs.topk_length if sparse else inputs.cache_seqlens
+    data = inputs.cache.data if sparse else inputs.data
+    table = inputs.indices if sparse else inputs.block_table
+    numbers = {
+        "batch": b,
+        "num_parts": parts,
+        "row_tiles": slices,
+        "sparse": sparse,
+        "topk": case.topk if sparse else 0,
+    }
+    schedule = np.zeros((parts, 8), np.int32)
+    plan = {"lengths": lengths, "schedule": schedule, "num_splits": np.zeros(b + 1, np.int32)}
+    emulator.run("plan", plan, batch_invariant=False, **numbers)
+    arrays = {
+        "lengths": lengths,
+        "schedule": schedule,
+        "q": inputs.q,
+        "k_cache": data,
+        "table": np.ascontiguousarray(table),
+        "attn_sink": inputs.attn_sink,
+        "out": np.full((b, s_q, h_q, 512), -777, cases.BFLOAT16),
+        "lse": np.full((b, h_q, s_q), -777, np.float32),
+        "partial_out": np.full((slabs, 16 * 512), np.nan, np.float32),
+        "partial_sums": np.full((slabs, 32), np.nan, np.float32),
+        "schedule_is_broken": np.zeros(1, np.int32),
+    }
+    emulator.run(
+        "decode",
+        arrays,
+        batch_invariant=False,
+        seq_q=s_q,
+        heads_q=h_q,
+        num_slots=2 * parts,
+        num_pages=len(data),
+        page_size=case.page_size,
+        table_width=table.shape[-1],
+        capacity=case.topk if sparse else table.shape[-1] * case.page_size,
+        causal=not sparse and case.causal,
+        softmax_scale=np.float32(case.softmax_scale).view(np.int32),
+        **numbers,
+    )
+    return arrays["out"], arrays["lse"]
+
+
+def fp8_dense(h_q, scales, **options):
+    """Whole requests and cut ones, an empty one, several in a part."""
+    options = {"s_q": 2, "lengths": (270, 0, 65), "page_size": 16, "causal": True} | options
+    case = DenseCase(f"emulated-{h_q}", 3, 0, h_q, attn_sink=True, **options)
+    return sparse_cases.build_fp8_dense(case, scales=scales)
+
+
+def fp8_sparse(h_q, **options):
+    """Choices that are none, lengths, a partial block."""
+    options = {"s_q": 2, "slots": 305, "page_size": 61, "topk_length": True} | options
+    return cases.build_sparse(
+        SparseCase(
+            f"emulated-{h_q}", 2, 150, h_q, cache_format="fp8_v32", attn_sink=True, **options
+        )
+    )
+
+
+DECODES = {
+    "dense, 16 rows": (lambda: fp8_dense(8, "power"), 2),
+    "dense, 16 rows, any scales": (lambda: fp8_dense(3, "arbitrary", scores="rising"), 2),
+    "dense, 32 rows": (lambda: fp8_dense(16, "power", page_size=53), 2),
+    "dense, 32 rows, any scales": (lambda: fp8_dense(11, "arbitrary"), 2),
+    "dense, a part": (lambda: fp8_dense(16, "power", s_q=1, page_size=64), 1),
+    "sparse, 16 rows": (lambda: fp8_sparse(5, scales="arbitrary"), 3),
+    "sparse, 32 rows": (lambda: fp8_sparse(20), 3),
+}
+
+
+def check_decode(emulator, name):
+    build, parts = DECODES[name]
+    inputs = build()
+    op = "sparse_decode" if name.startswith("sparse") else "dense_decode"
+    oracle.check_decode(op, inputs, decode(emulator, inputs, parts))
+
+
+@only_memory
+@pytest.mark.parametrize("name", DECODES)
+def test_decode_agrees_with_the_oracle(emulator, name):
+    check_decode(emulator, name)
+
+
+@pytest.mark.parametrize("emulator", ["races"], indirect=True)
+@pytest.mark.parametrize("name", ["dense, 16 rows", "sparse, 32 rows"])
+def test_decode_has_no_races(emulator, name):
+    check_decode(emulator, name)

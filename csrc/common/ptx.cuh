@@ -13,6 +13,30 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The other way round.
+__device__ __forceinline__ void* smem_pointer(uint32_t address) {
+  return __cvta_shared_to_generic(address);
+}
+
+// Shared memory of the size that is given at launch.
+__device__ __forceinline__ uint8_t* dynamic_smem() {
+  extern __shared__ __align__(1024) uint8_t dynamic_smem_bytes[];
+  return dynamic_smem_bytes;
+}
+
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+// The same number, but the compiler does not know where it comes from.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  uint32_t y;
+  asm volatile("mov.u32 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // ---------------------------------------------------------------------------------------------
 // mbarrier
 // ---------------------------------------------------------------------------------------------
@@ -294,6 +318,18 @@ __device__ __forceinline__ uint32_t pack<__half>(float lo, float hi) {
   uint32_t r;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
   return r;
+}
+
+// Four e4m3 codes as pairs of fp16, exact: the low and the high half of `codes`.
+__device__ __forceinline__ void e4m3_to_f16(uint32_t codes, uint32_t& lo, uint32_t& hi) {
+  asm("{\n"
+      ".reg .b16 x, y;\n"
+      "mov.b32 {x, y}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, x;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, y;\n"
+      "}\n"
+      : "=r"(lo), "=r"(hi)
+      : "r"(codes));
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-// Runs one launcher on arrays in files, or walks over a schedule as the attention kernels do.
-// Arguments: merge, plan or walk, a folder, and name=value for the integers of the parameters.
+// Runs one launcher on arrays in files, decodes, or walks over a schedule as the attention kernels
+// do. Arguments: merge, plan, decode or walk, a folder, and name=value for the integers of the parameters.
 // Arrays are files of the folder, written back where they are results.
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +10,7 @@
 
 #include "common/schedule.cuh"
 #include "launch.h"
+#include "sm90/fp8_decode/fp8_decode.h"
 
 namespace {
 
@@ -92,6 +93,55 @@ void merge() {
   lse.write_back();
 }
 
+// Attention over a V3.2 cache, dense or sparse, and its merge.
+void decode() {
+  const Array q("q"), schedule("schedule"), lengths("lengths"), sink("attn_sink"), out("out"),
+      lse("lse"), partial_out("partial_out"), partial_sums("partial_sums"),
+      broken("schedule_is_broken"), k_cache("k_cache"), table("table");
+  const auto fill = [&](auto& p) {
+    static_cast<DecodeParams&>(p) = decode_params(schedule, lengths);
+    p.seq_q = numbers["seq_q"];
+    p.heads_q = numbers["heads_q"];
+    p.heads_kv = 1;
+    p.sparse = numbers["sparse"];
+    p.slices = p.sparse ? p.seq_q : 1;
+    p.head_dim = 576;
+    p.head_dim_v = 512;
+    p.softmax_scale = std::bit_cast<float>(numbers["softmax_scale"]);
+    p.dtype = DataType::kBFloat16;
+    p.q = q;
+    p.attn_sink = sink;
+    p.out = out;
+    p.lse = lse;
+    p.partial_out = partial_out;
+    p.partial_sums = partial_sums;
+    p.schedule_is_broken = broken;
+    p.num_slots = numbers["num_slots"];
+    p.format = CacheFormat::kFp8V32;
+  };
+  if (numbers["sparse"]) {
+    SparseDecodeParams p{};
+    fill(p);
+    p.runs[0].most = numbers["topk"];
+    p.sources[0] = {k_cache, table, numbers["num_pages"], numbers["page_size"], numbers["topk"]};
+    check(sm90::fp8_decode::launch(p, nullptr));
+    check(launch_combine(p, nullptr));
+  } else {
+    DenseDecodeParams p{};
+    fill(p);
+    p.num_pages = numbers["num_pages"];
+    p.page_size = numbers["page_size"];
+    p.table_width = numbers["table_width"];
+    p.causal = numbers["causal"];
+    p.k_cache = k_cache;
+    p.block_table = table;
+    check(sm90::fp8_decode::launch(p, nullptr));
+    check(launch_combine(p, nullptr));
+  }
+  out.write_back();
+  lse.write_back();
+}
+
 void plan() {
   const Array lengths("lengths"), schedule("schedule"), num_splits("num_splits");
   ScheduleParams p{};
@@ -99,7 +149,9 @@ void plan() {
   p.num_parts = numbers["num_parts"];
   p.row_tiles = numbers["row_tiles"];
   p.batch_invariant = numbers["batch_invariant"];
-  p.max_length = -1;
+  p.sparse = numbers["sparse"];
+  p.default_length = numbers["topk"];
+  p.max_length = p.sparse ? numbers["topk"] : -1;
   p.lengths = lengths;
   p.schedule = schedule;
   p.num_splits = num_splits;
@@ -141,7 +193,7 @@ void walk() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 3) fail("usage: main merge|plan|walk FOLDER [NAME=INTEGER ...]");
+  if (argc < 3) fail("usage: main merge|plan|decode|walk FOLDER [NAME=INTEGER ...]");
   folder = argv[2];
   for (int i = 3; i < argc; ++i) {
     const std::string argument = argv[i];
@@ -154,6 +206,8 @@ int main(int argc, char** argv) {
     merge();
   } else if (what == "plan") {
     plan();
+  } else if (what == "decode") {
+    decode();
   } else if (what == "walk") {
     walk();
   } else {

@@ -1,8 +1,11 @@
-// Runs CUDA kernels on the CPU, a thread for a thread: what the kernels of csrc/smxx use of CUDA,
-// so that address and undefined-behaviour sanitizers see them on any machine. Only one CTA runs at
-// a time, with garbage in its shared memory. Slow, and no proof of memory order.
+// Runs CUDA kernels on the CPU, a thread for a thread: what the kernels of csrc/smxx and
+// csrc/sm90/fp8_decode use of CUDA, so that sanitizers see them on any machine. Only one CTA runs
+// at a time, with garbage in its shared memory. Slow, and no proof of memory order: what the GPU
+// does later (copies, matrix products) is done at once.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <bit>
 #include <cmath>
@@ -19,13 +22,20 @@
 #define __global__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 // All of it in one place, which run_cta fills with garbage.
 #define __shared__ static __attribute__((section("shared")))
 
 using std::max;
 using std::min;
 
+using std::isnan;
+
+struct float2 {
+  float x, y;
+};
 struct int2 {
   int x, y;
 };
@@ -41,8 +51,15 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-struct __half {};
-struct __nv_bfloat16 {};
+struct __half {
+  _Float16 value;
+};
+struct __half2 {
+  _Float16 x, y;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorNotSupported };
@@ -76,6 +93,35 @@ struct Group {
     return result;
   }
 };
+
+// A named barrier. Of each meeting: whether any thread said true.
+struct Named {
+  struct Meet {
+    Named* named;
+    void operator()() noexcept { named->result = named->any.exchange(false); }
+  };
+  explicit Named(int threads) : barrier(threads, Meet{this}) {}
+  bool meet(bool value) {
+    if (value) any = true;
+    barrier.arrive_and_wait();
+    return result;
+  }
+  std::atomic<bool> any = false;
+  bool result = false;
+  std::barrier<Meet> barrier;
+};
+
+// Of the size that is the most a kernel may ask for.
+constexpr int kDynamicBytes = 227 * 1024;
+alignas(1024) inline char dynamic_shared[kDynamicBytes];
+inline std::unique_ptr<Named> named_barriers[16];
+inline std::mutex named_barriers_mutex;
+inline Named& named_barrier(int id, int threads) {
+  const std::lock_guard lock(named_barriers_mutex);
+  if (!named_barriers[id]) named_barriers[id] = std::make_unique<Named>(threads);
+  return *named_barriers[id];
+}
+
 inline std::unique_ptr<Group> cta;
 inline std::vector<std::unique_ptr<Group>> warps;
 inline std::mutex atomics;
@@ -86,6 +132,8 @@ inline Group& warp() { return *warps[thread_index.x / 32]; }
 inline void run_cta(int64_t index, int threads, const std::function<void()>& kernel) {
   std::minstd_rand garbage(static_cast<unsigned>(index) + 1);
   for (char* byte = __start_shared; byte < __stop_shared; ++byte) *byte = garbage() >> 8;
+  for (char& byte : dynamic_shared) byte = garbage() >> 8;
+  for (auto& barrier : named_barriers) barrier.reset();
   block_index.x = static_cast<unsigned>(index);
   block_size.x = threads;
   cta = std::make_unique<Group>(threads);
@@ -151,6 +199,43 @@ inline int __reduce_add_sync(unsigned, int x) {
   });
 }
 
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+  return simt::warp().exchange(simt::lane(), x, [](const std::vector<uint32_t>& words) {
+    return *std::max_element(words.begin(), words.end());
+  });
+}
+inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
+inline bool __all_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) == 0xffffffff; }
+
+// Numbers.
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
+inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned shift) {
+  return static_cast<unsigned>((static_cast<uint64_t>(hi) << 32 | lo) >> (shift & 31));
+}
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return result;
+}
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+  return max(a >> 16, b >> 16) << 16 | max(a & 0xffff, b & 0xffff);
+}
+inline float2 __half22float2(__half2 x) {
+  return {static_cast<float>(x.x), static_cast<float>(x.y)};
+}
+inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
+inline __half2 __float2half2_rn(float x) {
+  return {static_cast<_Float16>(x), static_cast<_Float16>(x)};
+}
+inline __half2 __hmul2(__half2 a, __half2 b) {
+  return {static_cast<_Float16>(a.x * b.x), static_cast<_Float16>(a.y * b.y)};
+}
+
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int atomicAdd(int* address, int x) {
   const std::lock_guard lock(simt::atomics);
@@ -161,4 +246,10 @@ inline int atomicAdd(int* address, int x) {
 template <typename T>
 T __ldcs(const T* address) {
   return *address;
+}
+
+constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
+  return bytes <= simt::kDynamicBytes ? cudaSuccess : cudaErrorInvalidValue;
 }

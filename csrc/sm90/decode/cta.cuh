@@ -288,9 +288,8 @@ __device__ __forceinline__ SharedStorage<P>& shared_storage(uint8_t* bytes) {
   static_assert(kSharedBytes<P> <= kSharedBytesMax);
   // Kept in a register: known to the compiler, it would be worked out anew, from a slow special
   // register, for each access (5% of the time in all).
-  uint32_t base;
-  asm volatile("mov.u32 %0, %1;" : "=r"(base) : "r"(ptx::smem_address(bytes)));
-  return *reinterpret_cast<SharedStorage<P>*>(__cvta_shared_to_generic(base));
+  const uint32_t base = ptx::opaque(ptx::smem_address(bytes));
+  return *reinterpret_cast<SharedStorage<P>*>(ptx::smem_pointer(base));
 }
 
 // NaN to all results of this row tile and slice: the schedule is not one for this call.

@@ -1,6 +1,7 @@
+#include "sm90/decode/launch.cuh"
 #include "sm90/fp8_decode/fp8_decode.h"
 #include "sm90/fp8_decode/kernel.cuh"
-#include "sm90/gathered_decode/launch.cuh"
+#include "sm90/gathered_decode/fill_params.cuh"
 
 namespace flashmla::sm90::fp8_decode {
 namespace {

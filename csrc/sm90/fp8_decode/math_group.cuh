@@ -17,21 +17,9 @@ namespace flashmla::sm90::fp8_decode {
 // different banks.
 __device__ __forceinline__ int token_of_row(int row) { return (row & 1) * 4 + (row >> 1); }
 
-// Four e4m3 codes as fp16, exact: the low and the high half of `codes`.
-__device__ __forceinline__ void codes_to_halves(uint32_t codes, uint32_t& lo, uint32_t& hi) {
-  asm("{\n"
-      ".reg .b16 x, y;\n"
-      "mov.b32 {x, y}, %2;\n"
-      "cvt.rn.f16x2.e4m3x2 %0, x;\n"
-      "cvt.rn.f16x2.e4m3x2 %1, y;\n"
-      "}\n"
-      : "=r"(lo), "=r"(hi)
-      : "r"(codes));
-}
-
 __device__ __forceinline__ void codes_to_floats(uint32_t codes, float2& lo, float2& hi) {
   uint32_t halves[2];
-  codes_to_halves(codes, halves[0], halves[1]);
+  ptx::e4m3_to_f16(codes, halves[0], halves[1]);
   lo = __half22float2(reinterpret_cast<const __half2&>(halves[0]));
   hi = __half22float2(reinterpret_cast<const __half2&>(halves[1]));
 }
@@ -48,7 +36,7 @@ struct Factor {
 
   __device__ __forceinline__ void set(float x) { scale = __float2half2_rn(x); }
   __device__ __forceinline__ void convert(uint32_t codes, uint32_t& lo, uint32_t& hi) const {
-    codes_to_halves(codes, lo, hi);
+    ptx::e4m3_to_f16(codes, lo, hi);
     lo = product(lo, scale);
     hi = product(hi, scale);
   }
@@ -74,7 +62,7 @@ struct Factor<false> {
 // The same for two tokens with two columns each, [token][column], whose values come out by columns.
 __device__ __forceinline__ void convert_columns(uint32_t codes, __half2 scales, uint32_t& first,
                                                 uint32_t& second) {
-  codes_to_halves(__byte_perm(codes, 0, 0x3120), first, second);
+  ptx::e4m3_to_f16(__byte_perm(codes, 0, 0x3120), first, second);
   first = Factor<true>::product(first, scales);
   second = Factor<true>::product(second, scales);
 }

@@ -1,7 +1,8 @@
 #include "sm90/fp8_matmul_decode/fp8_matmul_decode.h"
 
+#include "sm90/decode/launch.cuh"
 #include "sm90/fp8_matmul_decode/kernel.cuh"
-#include "sm90/gathered_decode/launch.cuh"
+#include "sm90/gathered_decode/fill_params.cuh"
 
 namespace flashmla::sm90::fp8_matmul_decode {
 namespace {

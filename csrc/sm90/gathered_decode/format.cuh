@@ -21,14 +21,7 @@ static __device__ const uint4 kZeros[kMostTokenBytes / sizeof(uint4)] = {};
 // NaN codes, and NaN or infinite scales, give NaN.
 __device__ __forceinline__ uint2 dequantize(uint32_t codes, float scale) {
   uint32_t halves[2];
-  asm("{\n"
-      ".reg .b16 lo, hi;\n"
-      "mov.b32 {lo, hi}, %2;\n"
-      "cvt.rn.f16x2.e4m3x2 %0, lo;\n"
-      "cvt.rn.f16x2.e4m3x2 %1, hi;\n"
-      "}\n"
-      : "=r"(halves[0]), "=r"(halves[1])
-      : "r"(codes));
+  ptx::e4m3_to_f16(codes, halves[0], halves[1]);
   uint2 result;
   const float2 a = __half22float2(reinterpret_cast<const __half2&>(halves[0]));
   const float2 b = __half22float2(reinterpret_cast<const __half2&>(halves[1]));

@@ -25,7 +25,7 @@ class TokenFinder {
   __device__ __forceinline__ TokenFinder(const KernelParams<P>& kp, SharedStorage<P>& smem)
       : kp_(kp), smem_(smem) {
     // Opaque: it would be worked out anew, from a slow special register, for each use.
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane_));
+    lane_ = ptx::lane_id();
     warp_ = __shfl_sync(kAllLanes, (threadIdx.x - (P::kThreads - P::kLoadThreads)) / 32, 0);
     first_token_ = warp_ * kWarpTokens;
   }

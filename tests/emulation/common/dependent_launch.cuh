@@ -17,4 +17,12 @@ Status launch_dependent(void (*kernel)(Params...), const char*, int64_t ctas, in
   return {};
 }
 
+template <typename... Params>
+Status launch_dependent_clusters(void (*kernel)(Params...), const char* name, unsigned cluster_ctas,
+                                 int64_t ctas, int threads, size_t bytes, cudaStream_t stream,
+                                 const std::type_identity_t<Params>&... params) {
+  if (cluster_ctas != 1) return {cudaErrorNotSupported, "clusters"};
+  return launch_dependent(kernel, name, ctas, threads, bytes, stream, params...);
+}
+
 }  // namespace flashmla

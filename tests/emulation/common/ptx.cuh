@@ -1,4 +1,4 @@
-// In place of csrc/common/ptx.cuh: what the kernels of csrc/smxx use of it.
+// In place of csrc/common/ptx.cuh: what the kernels that are emulated use of it.
 #pragma once
 
 #include "simt.h"
@@ -25,6 +25,143 @@ inline uint32_t pack<__nv_bfloat16>(float lo, float hi) {
     return (word + 0x7fff + (word >> 16 & 1)) >> 16;
   };
   return bits(lo) | bits(hi) << 16;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Shared memory. Addresses are distances from its begin.
+
+inline uint32_t smem_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const char*>(pointer) - simt::dynamic_shared);
+}
+inline char* smem_pointer(uint32_t address) { return simt::dynamic_shared + address; }
+inline uint8_t* dynamic_smem() { return reinterpret_cast<uint8_t*>(simt::dynamic_shared); }
+inline int lane_id() { return static_cast<int>(simt::lane()); }
+inline uint32_t opaque(uint32_t x) { return x; }
+
+// Aligned, as the GPU wants it; reported as undefined behaviour if not.
+template <typename T>
+T& smem(uint32_t address) {
+  return *reinterpret_cast<T*>(smem_pointer(address));
+}
+inline uint32_t ld_shared_4(uint32_t address) { return smem<uint32_t>(address); }
+inline uint2 ld_shared_8(uint32_t address) { return smem<uint2>(address); }
+inline uint4 ld_shared_16(uint32_t address) { return smem<uint4>(address); }
+inline void st_shared_4(uint32_t address, uint32_t x) { smem<uint32_t>(address) = x; }
+
+// ---------------------------------------------------------------------------------------------
+// mbarrier: bytes under way, arrivals to come, arrivals of a phase, phase.
+
+struct Phase {
+  int64_t bytes : 24;
+  uint64_t pending : 12;
+  uint64_t arrivals : 12;
+  uint64_t parity : 1;
+};
+static_assert(sizeof(Phase) == 8);
+
+inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+  *barrier = std::bit_cast<uint64_t>(Phase{0, arrivals, arrivals, 0});
+}
+// Releases what the thread has written; does not acquire what others have.
+template <typename Change>
+void mbarrier_change(uint64_t* barrier, const Change& change) {
+  std::atomic_ref<uint64_t> word(*barrier);
+  uint64_t before = word.load(std::memory_order_relaxed);
+  uint64_t after;
+  do {
+    Phase phase = std::bit_cast<Phase>(before);
+    change(phase);
+    if (phase.pending == 0 && phase.bytes == 0) {
+      phase.pending = phase.arrivals;
+      phase.parity ^= 1;
+    }
+    after = std::bit_cast<uint64_t>(phase);
+  } while (!word.compare_exchange_weak(before, after, std::memory_order_release,
+                                       std::memory_order_relaxed));
+  word.notify_all();
+}
+inline void mbarrier_arrive(uint64_t* barrier) {
+  mbarrier_change(barrier, [](Phase& phase) { --phase.pending; });
+}
+inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
+  mbarrier_change(barrier, [&](Phase& phase) {
+    phase.bytes += bytes;
+    --phase.pending;
+  });
+}
+inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  std::atomic_ref<uint64_t> word(*barrier);
+  while (true) {
+    const uint64_t now = word.load(std::memory_order_acquire);
+    if (std::bit_cast<Phase>(now).parity != (parity & 1)) return;
+    word.wait(now, std::memory_order_relaxed);
+  }
+}
+
+inline void named_barrier_sync(int id, int threads) { simt::named_barrier(id, threads).meet(false); }
+inline bool named_barrier_or(int id, int threads, bool value) {
+  return simt::named_barrier(id, threads).meet(value);
+}
+
+inline void cluster_sync() {}  // of one CTA
+inline void fence_barrier_init() {}
+inline void fence_proxy_async() {}
+template <int kRegisters>
+void setmaxnreg_inc() {}
+template <int kRegisters>
+void setmaxnreg_dec() {}
+
+// ---------------------------------------------------------------------------------------------
+// Copies
+
+inline uint64_t evict_first_policy() { return 0; }
+inline void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint64_t* barrier,
+                      uint64_t) {
+  if ((destination | bytes | reinterpret_cast<uintptr_t>(source)) % 16 != 0) std::abort();
+  std::memcpy(smem_pointer(destination), source, bytes);
+  mbarrier_change(barrier, [&](Phase& phase) { phase.bytes -= bytes; });
+}
+
+inline void ldmatrix_x4_trans(uint32_t address, uint32_t (&r)[4]) {
+  simt::warp().exchange(simt::lane(), address, [&](const std::vector<uint32_t>& rows) {
+    for (int m = 0; m < 4; ++m) {
+      const uint32_t* row = &rows[8 * m + simt::lane() % 4 * 2];
+      const uint32_t column = simt::lane() / 4 * 2;
+      r[m] = smem<uint16_t>(row[0] + column) |
+             static_cast<uint32_t>(smem<uint16_t>(row[1] + column)) << 16;
+    }
+    return 0;
+  });
+}
+inline void stmatrix_x4_trans(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
+                              uint32_t r3) {
+  simt::warp().exchange(simt::lane(), address, [&](const std::vector<uint32_t>& rows) {
+    const uint32_t words[4] = {r0, r1, r2, r3};
+    for (int m = 0; m < 4; ++m) {
+      const uint32_t* row = &rows[8 * m + simt::lane() % 4 * 2];
+      const uint32_t column = simt::lane() / 4 * 2;
+      smem<uint16_t>(row[0] + column) = static_cast<uint16_t>(words[m]);
+      smem<uint16_t>(row[1] + column) = static_cast<uint16_t>(words[m] >> 16);
+    }
+    return 0;
+  });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Arithmetic
+
+inline float exp2_approx(float x) { return exp2f(x); }
+
+inline void e4m3_to_f16(uint32_t codes, uint32_t& lo, uint32_t& hi) {
+  const auto half = [&](int i) -> uint32_t {
+    const uint32_t code = codes >> 8 * i & 0xff;
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    float x = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+    if ((code & 0x7f) == 0x7f) x = NAN;
+    return std::bit_cast<uint16_t>(static_cast<_Float16>(code & 0x80 ? -x : x));
+  };
+  lo = half(0) | half(1) << 16;
+  hi = half(2) | half(3) << 16;
 }
 
 }  // namespace flashmla::ptx
