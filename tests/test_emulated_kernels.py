@@ -1,4 +1,4 @@
-"""CUDA sources emulated on the CPU under sanitizers: the scheduler, the merge, decode over FP8.
+"""CUDA sources emulated on the CPU under sanitizers: the scheduler, the merge, attention.
 
 So is the walk over a schedule, which the attention kernels do. Values are checked against the
 planner in jnp and a merge in float64. The same kernels are tested on GPUs (tests/gpu); here no GPU
@@ -8,6 +8,7 @@ is needed, and shared memory holds garbage when a CTA starts.
 import functools
 
 import cases
+import fp8_oracle
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -355,31 +356,65 @@ def test_nothing_is_merged_by_a_broken_schedule(emulator, name, seed):
 # ------------------------------------------------------------------ decode
 
 
-def decode(emulator, inputs, parts):
-    """``(out, lse)`` of dense or sparse decode over a V3.2 cache: plan, attention, merge."""
+FORMATS = {"plain": 0, "fp8_v32": 1, "fp8_v4": 2}
+
+
+def decode(emulator, inputs, parts, fp8_matmul=False):
+    """``(out, lse)`` of dense or sparse decode: plan, attention, merge."""
     case, sparse = inputs.case, isinstance(inputs.case, SparseCase)
-    b, s_q, h_q, _ = inputs.q.shape
-    slices = s_q if sparse else 1
-    slabs = 2 * parts * slices * -(-(s_q * h_q // slices) // 16)
-    lengths = inputs.topk_length if sparse else inputs.cache_seqlens
-    data = inputs.cache.data if sparse else inputs.data
-    table = inputs.indices if sparse else inputs.block_table
+    b, s_q, h_q, d = inputs.q.shape
+    h_kv = 1 if sparse else case.h_kv
+    slices = s_q if sparse else h_kv
+    rows = s_q * h_q // slices
+    slabs = 2 * parts * slices * -(-rows // 16)
     numbers = {
         "batch": b,
         "num_parts": parts,
-        "row_tiles": slices,
+        "row_tiles": slices * -(-rows // 64),
+        "batch_invariant": False,
         "sparse": sparse,
-        "topk": case.topk if sparse else 0,
     }
-    schedule = np.zeros((parts, 8), np.int32)
-    plan = {"lengths": lengths, "schedule": schedule, "num_splits": np.zeros(b + 1, np.int32)}
-    emulator.run("plan", plan, batch_invariant=False, **numbers)
-    arrays = {
-        "lengths": lengths,
-        "schedule": schedule,
+    arrays = {"schedule": np.zeros((parts, 8), np.int32), "num_splits": np.zeros(b + 1, np.int32)}
+    if sparse:
+        cache, extra, cache_format = inputs.cache, inputs.extra_cache, case.cache_format
+        arrays |= {"lengths": inputs.topk_length, "extra_lengths": inputs.extra_topk_length}
+        numbers |= {"topk": case.topk, "extra_topk": 0 if extra is None else case.extra_topk}
+    else:
+        arrays |= {"lengths": inputs.cache_seqlens, "extra_lengths": None}
+    emulator.run("plan", arrays, **numbers)
+    if sparse:
+        arrays |= {
+            "k_cache": cache.data,
+            "table": inputs.indices,
+            "extra_k_cache": None if extra is None else extra.data,
+            "extra_table": inputs.extra_indices,
+        }
+        numbers |= {
+            "num_pages": len(cache.data),
+            "page_size": case.page_size,
+            "extra_num_pages": 0 if extra is None else len(extra.data),
+            "extra_page_size": case.extra_page_size,
+            "capacity": case.topk,
+        }
+    else:
+        is_fp8 = isinstance(inputs, sparse_cases.Fp8DenseInputs)
+        cache_format = "fp8_v32" if is_fp8 else "plain"
+        width = inputs.block_table.shape[-1]
+        arrays |= {
+            "k_cache": inputs.data if is_fp8 else inputs.k_cache,
+            "table": inputs.block_table,
+            "extra_k_cache": None,
+            "extra_table": None,
+        }
+        numbers |= {
+            "num_pages": len(inputs.k_cache),
+            "page_size": case.page_size,
+            "table_width": width,
+            "capacity": width * case.page_size,
+            "causal": case.causal,
+        }
+    arrays |= {
         "q": inputs.q,
-        "k_cache": data,
-        "table": np.ascontiguousarray(table),
         "attn_sink": inputs.attn_sink,
         "out": np.full((b, s_q, h_q, 512), -777, cases.BFLOAT16),
         "lse": np.full((b, h_q, s_q), -777, np.float32),
@@ -390,46 +425,55 @@ def decode(emulator, inputs, parts):
     emulator.run(
         "decode",
         arrays,
-        batch_invariant=False,
         seq_q=s_q,
         heads_q=h_q,
+        heads_kv=h_kv,
+        head_dim=d,
         num_slots=2 * parts,
-        num_pages=len(data),
-        page_size=case.page_size,
-        table_width=table.shape[-1],
-        capacity=case.topk if sparse else table.shape[-1] * case.page_size,
-        causal=not sparse and case.causal,
+        format=FORMATS[cache_format],
+        fp8_matmul=fp8_matmul,
         softmax_scale=np.float32(case.softmax_scale).view(np.int32),
         **numbers,
     )
     return arrays["out"], arrays["lse"]
 
 
-def fp8_dense(h_q, scales, **options):
+def dense_case(h_q, **options):
     """Whole requests and cut ones, an empty one, several in a part."""
     options = {"s_q": 2, "lengths": (270, 0, 65), "page_size": 16, "causal": True} | options
-    case = DenseCase(f"emulated-{h_q}", 3, 0, h_q, attn_sink=True, **options)
-    return sparse_cases.build_fp8_dense(case, scales=scales)
+    return DenseCase(f"emulated-{h_q}", 3, 0, h_q, attn_sink=True, **options)
 
 
-def fp8_sparse(h_q, **options):
+def fp8_dense(h_q, scales, **options):
+    return sparse_cases.build_fp8_dense(dense_case(h_q, **options), scales=scales)
+
+
+def sparse(h_q, cache_format="fp8_v32", **options):
     """Choices that are none, lengths, a partial block."""
     options = {"s_q": 2, "slots": 305, "page_size": 61, "topk_length": True} | options
-    return cases.build_sparse(
-        SparseCase(
-            f"emulated-{h_q}", 2, 150, h_q, cache_format="fp8_v32", attn_sink=True, **options
-        )
-    )
+    options |= {"cache_format": cache_format, "d": sparse_cases.DIMS[cache_format]}
+    return cases.build_sparse(SparseCase(f"emulated-{h_q}", 2, 150, h_q, attn_sink=True, **options))
 
 
+EXTRA = {"extra_topk": 70, "extra_slots": 130, "extra_page_size": 2, "extra_topk_length": True}
+# Inputs, and parts of the schedule.
 DECODES = {
-    "dense, 16 rows": (lambda: fp8_dense(8, "power"), 2),
-    "dense, 16 rows, any scales": (lambda: fp8_dense(3, "arbitrary", scores="rising"), 2),
-    "dense, 32 rows": (lambda: fp8_dense(16, "power", page_size=53), 2),
-    "dense, 32 rows, any scales": (lambda: fp8_dense(11, "arbitrary"), 2),
-    "dense, a part": (lambda: fp8_dense(16, "power", s_q=1, page_size=64), 1),
-    "sparse, 16 rows": (lambda: fp8_sparse(5, scales="arbitrary"), 3),
-    "sparse, 32 rows": (lambda: fp8_sparse(20), 3),
+    "dense": (lambda: cases.build(dense_case(33)), 2),
+    "dense, KV heads": (lambda: cases.build(dense_case(6, h_kv=2, page_size=64)), 2),
+    "dense, a part": (lambda: cases.build(dense_case(16, s_q=1, scores="rising")), 1),
+    "FP8 dense, 16 rows": (lambda: fp8_dense(8, "power"), 2),
+    "FP8 dense, 16 rows, any scales": (lambda: fp8_dense(3, "arbitrary", scores="rising"), 2),
+    "FP8 dense, 32 rows": (lambda: fp8_dense(16, "power", page_size=53), 2),
+    "FP8 dense, 32 rows, any scales": (lambda: fp8_dense(11, "arbitrary"), 2),
+    "FP8 dense, a part": (lambda: fp8_dense(16, "power", s_q=1, page_size=64), 1),
+    "sparse V3.2, 16 rows": (lambda: sparse(5, scales="arbitrary"), 3),
+    "sparse V3.2, 32 rows": (lambda: sparse(20, **EXTRA), 3),
+    "sparse V4": (lambda: sparse(20, "fp8_v4", **EXTRA), 3),
+    "sparse plain": (lambda: sparse(20, "plain", **EXTRA), 3),
+}
+FP8_PRODUCTS = {
+    "dense": (lambda: fp8_dense(20, "arbitrary"), 2),
+    "sparse": (lambda: sparse(20, scales="arbitrary", **EXTRA), 3),
 }
 
 
@@ -440,13 +484,33 @@ def check_decode(emulator, name):
     oracle.check_decode(op, inputs, decode(emulator, inputs, parts))
 
 
+def check_fp8_products(emulator, name):
+    build, parts = FP8_PRODUCTS[name]
+    inputs = build()
+    want = getattr(fp8_oracle, f"{name}_decode")(inputs)
+    fp8_oracle.check(want, decode(emulator, inputs, parts, fp8_matmul=True), name)
+
+
 @only_memory
 @pytest.mark.parametrize("name", DECODES)
 def test_decode_agrees_with_the_oracle(emulator, name):
     check_decode(emulator, name)
 
 
+@only_memory
+@pytest.mark.parametrize("name", FP8_PRODUCTS)
+def test_fp8_products_agree_with_their_oracle(emulator, name):
+    check_fp8_products(emulator, name)
+
+
 @pytest.mark.parametrize("emulator", ["races"], indirect=True)
-@pytest.mark.parametrize("name", ["dense, 16 rows", "sparse, 32 rows"])
+@pytest.mark.parametrize(
+    "name", ["dense", "FP8 dense, 16 rows", "sparse V3.2, 32 rows", "sparse V4", "sparse plain"]
+)
 def test_decode_has_no_races(emulator, name):
     check_decode(emulator, name)
+
+
+@pytest.mark.parametrize("emulator", ["races"], indirect=True)
+def test_fp8_products_have_no_races(emulator):
+    check_fp8_products(emulator, "sparse")

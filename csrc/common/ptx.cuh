@@ -332,6 +332,20 @@ __device__ __forceinline__ void e4m3_to_f16(uint32_t codes, uint32_t& lo, uint32
       : "r"(codes));
 }
 
+// Two e4m3 codes of a pair of fp16, saturated.
+__device__ __forceinline__ uint32_t f16_to_e4m3(uint32_t pair) {
+  uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(codes) : "r"(pair));
+  return codes;
+}
+
+// The top bit of byte i of x, 32 times.
+__device__ __forceinline__ uint32_t top_bit_of_byte(uint32_t x, int i) {
+  uint32_t bits;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(bits) : "r"(x), "r"(0x8888 | i * 0x1111));
+  return bits;
+}
+
 // ---------------------------------------------------------------------------------------------
 // Programmatic dependent launch
 // ---------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // Runs one launcher on arrays in files, decodes, or walks over a schedule as the attention kernels
-// do. Arguments: merge, plan, decode or walk, a folder, and name=value for the integers of the parameters.
-// Arrays are files of the folder, written back where they are results.
+// do. Arguments: merge, plan, decode or walk, a folder, and name=value for the integers of the
+// parameters. Arrays are files of the folder, written back where they are results.
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -10,7 +10,10 @@
 
 #include "common/schedule.cuh"
 #include "launch.h"
+#include "sm90/dense_decode/launch.cuh"
 #include "sm90/fp8_decode/fp8_decode.h"
+#include "sm90/fp8_matmul_decode/fp8_matmul_decode.h"
+#include "sm90/gathered_decode/launch.cuh"
 
 namespace {
 
@@ -93,21 +96,42 @@ void merge() {
   lse.write_back();
 }
 
-// Attention over a V3.2 cache, dense or sparse, and its merge.
+// The kernels that are compiled here, of those that the launchers choose from.
+Status launch(const DenseDecodeParams& p) {
+  if (p.format == CacheFormat::kPlain) {
+    return sm90::dense_decode::launch<__nv_bfloat16, 576, 512>(p, nullptr);
+  }
+  return p.fp8_matmul ? sm90::fp8_matmul_decode::launch(p, nullptr)
+                      : sm90::fp8_decode::launch(p, nullptr);
+}
+Status launch(const SparseDecodeParams& p) {
+  if (p.format == CacheFormat::kPlain) {
+    return sm90::gathered_decode::launch<__nv_bfloat16, 576, true, CacheFormat::kPlain>(p, nullptr);
+  }
+  if (p.format == CacheFormat::kFp8V4) {
+    return sm90::gathered_decode::launch<__nv_bfloat16, 512, true, CacheFormat::kFp8V4>(p, nullptr);
+  }
+  return p.fp8_matmul ? sm90::fp8_matmul_decode::launch(p, nullptr)
+                      : sm90::fp8_decode::launch(p, nullptr);
+}
+
+// Attention, dense or sparse, and its merge.
 void decode() {
   const Array q("q"), schedule("schedule"), lengths("lengths"), sink("attn_sink"), out("out"),
       lse("lse"), partial_out("partial_out"), partial_sums("partial_sums"),
       broken("schedule_is_broken"), k_cache("k_cache"), table("table");
-  const auto fill = [&](auto& p) {
-    static_cast<DecodeParams&>(p) = decode_params(schedule, lengths);
+  const Array extra_k_cache("extra_k_cache"), extra_table("extra_table"),
+      extra_lengths("extra_lengths");
+  const auto run = [&](auto& p) {
     p.seq_q = numbers["seq_q"];
     p.heads_q = numbers["heads_q"];
-    p.heads_kv = 1;
+    p.heads_kv = numbers["heads_kv"];
     p.sparse = numbers["sparse"];
-    p.slices = p.sparse ? p.seq_q : 1;
-    p.head_dim = 576;
+    p.slices = p.sparse ? p.seq_q : p.heads_kv;
+    p.head_dim = numbers["head_dim"];
     p.head_dim_v = 512;
     p.softmax_scale = std::bit_cast<float>(numbers["softmax_scale"]);
+    p.fp8_matmul = numbers["fp8_matmul"];
     p.dtype = DataType::kBFloat16;
     p.q = q;
     p.attn_sink = sink;
@@ -117,33 +141,35 @@ void decode() {
     p.partial_sums = partial_sums;
     p.schedule_is_broken = broken;
     p.num_slots = numbers["num_slots"];
-    p.format = CacheFormat::kFp8V32;
+    p.format = static_cast<CacheFormat>(numbers["format"]);
+    check(launch(p));
+    check(launch_combine(p, nullptr));
   };
   if (numbers["sparse"]) {
-    SparseDecodeParams p{};
-    fill(p);
+    SparseDecodeParams p{decode_params(schedule, lengths)};
     p.runs[0].most = numbers["topk"];
+    p.runs[1] = {extra_lengths, numbers["extra_topk"]};
     p.sources[0] = {k_cache, table, numbers["num_pages"], numbers["page_size"], numbers["topk"]};
-    check(sm90::fp8_decode::launch(p, nullptr));
-    check(launch_combine(p, nullptr));
+    p.sources[1] = {extra_k_cache, extra_table, numbers["extra_num_pages"],
+                    numbers["extra_page_size"], numbers["extra_topk"]};
+    run(p);
   } else {
-    DenseDecodeParams p{};
-    fill(p);
+    DenseDecodeParams p{decode_params(schedule, lengths)};
     p.num_pages = numbers["num_pages"];
     p.page_size = numbers["page_size"];
     p.table_width = numbers["table_width"];
     p.causal = numbers["causal"];
     p.k_cache = k_cache;
     p.block_table = table;
-    check(sm90::fp8_decode::launch(p, nullptr));
-    check(launch_combine(p, nullptr));
+    run(p);
   }
   out.write_back();
   lse.write_back();
 }
 
 void plan() {
-  const Array lengths("lengths"), schedule("schedule"), num_splits("num_splits");
+  const Array lengths("lengths"), extra_lengths("extra_lengths"), schedule("schedule"),
+      num_splits("num_splits");
   ScheduleParams p{};
   p.batch = numbers["batch"];
   p.num_parts = numbers["num_parts"];
@@ -152,6 +178,8 @@ void plan() {
   p.sparse = numbers["sparse"];
   p.default_length = numbers["topk"];
   p.max_length = p.sparse ? numbers["topk"] : -1;
+  p.extra_default_length = p.extra_max_length = numbers["extra_topk"];
+  p.extra_lengths = extra_lengths;
   p.lengths = lengths;
   p.schedule = schedule;
   p.num_splits = num_splits;

@@ -232,6 +232,11 @@ inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
 inline __half2 __float2half2_rn(float x) {
   return {static_cast<_Float16>(x), static_cast<_Float16>(x)};
 }
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {static_cast<_Float16>(x), static_cast<_Float16>(y)};
+}
+inline __half2 __low2half2(__half2 x) { return {x.x, x.x}; }
+inline __half2 __high2half2(__half2 x) { return {x.y, x.y}; }
 inline __half2 __hmul2(__half2 a, __half2 b) {
   return {static_cast<_Float16>(a.x * b.x), static_cast<_Float16>(a.y * b.y)};
 }

@@ -9,8 +9,7 @@ namespace flashmla::sm90::fp8_matmul_decode {
 template <typename P>
 __global__ void __launch_bounds__(P::kThreads, 1)
     fp8_matmul_decode_kernel(const __grid_constant__ KernelParams<P> kp) {
-  extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  auto& smem = shared_storage<P>(shared_bytes);
+  auto& smem = shared_storage<P>(ptx::dynamic_smem());
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
 
   if (!begin_cta<P>(kp, smem)) return;

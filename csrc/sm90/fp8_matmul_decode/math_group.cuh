@@ -7,11 +7,7 @@ namespace flashmla::sm90::fp8_matmul_decode {
 
 // Two e4m3 values of a pair of fp16.
 __device__ __forceinline__ uint32_t to_e4m3(__half2 x) {
-  uint16_t codes;
-  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;"
-      : "=h"(codes)
-      : "r"(reinterpret_cast<const uint32_t&>(x)));
-  return codes;
+  return ptx::f16_to_e4m3(reinterpret_cast<const uint32_t&>(x));
 }
 
 template <typename P>
@@ -87,9 +83,7 @@ class MathGroup {
   // Shared memory by an address that the compiler does not know to be the same each time: it would
   // keep dozens of addresses and descriptors in registers, or worse, out of them.
   __device__ __forceinline__ SharedStorage<P>& fresh_smem() const {
-    uint32_t base;
-    asm volatile("mov.u32 %0, %1;" : "=r"(base) : "r"(base_));
-    return *reinterpret_cast<SharedStorage<P>*>(__cvta_shared_to_generic(base));
+    return *reinterpret_cast<SharedStorage<P>*>(ptx::smem_pointer(ptx::opaque(base_)));
   }
 
   // --- scores -----------------------------------------------------------------------------------
@@ -518,7 +512,7 @@ class MathGroup {
     }
     const uint32_t place = chunk / 16 * kCodeTileBytes + row * kGroupColumns +
                            ((chunk / 2 % 8 ^ (row & 7)) << 4) + chunk % 2 * 8;
-    *reinterpret_cast<uint2*>(&smem.q[0][place]) = {__byte_perm(codes[0], codes[1], 0x5410),
+    *reinterpret_cast<uint2*>(smem.q[0] + place) = {__byte_perm(codes[0], codes[1], 0x5410),
                                                     __byte_perm(codes[2], codes[3], 0x5410)};
   }
 

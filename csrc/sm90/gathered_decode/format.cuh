@@ -82,9 +82,7 @@ struct Format<CacheFormat::kFp8V4> : fp8_formats::V4 {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t exponent = __byte_perm(codes, 0, 0x0444 | i << 12) >> 1;
-        // The top bit of byte i, 32 times.
-        uint32_t nan;
-        asm("prmt.b32 %0, %1, 0, %2;" : "=r"(nan) : "r"(nans), "r"(0x8888 | i * 0x1111));
+        const uint32_t nan = ptx::top_bit_of_byte(nans, i);
         scales[i] = __uint_as_float(max(exponent, 0x00400000u) | nan);
       }
     }

@@ -11,8 +11,7 @@ template <typename P, CacheFormat kFormat>
 __global__ void __launch_bounds__(P::kThreads, 1)
     gathered_decode_kernel(const __grid_constant__ KernelParams<P> kp,
                            const __grid_constant__ CUtensorMap queries) {
-  extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  auto& smem = shared_storage<P>(shared_bytes);
+  auto& smem = shared_storage<P>(ptx::dynamic_smem());
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
 
   if (threadIdx.x == 0) ptx::prefetch_tensor_map(&queries);

@@ -17,11 +17,11 @@ Status launch_dependent(void (*kernel)(Params...), const char*, int64_t ctas, in
   return {};
 }
 
+// Right for CTAs that do nothing with their clusters; those that do abort (ptx.cuh).
 template <typename... Params>
-Status launch_dependent_clusters(void (*kernel)(Params...), const char* name, unsigned cluster_ctas,
+Status launch_dependent_clusters(void (*kernel)(Params...), const char* name, unsigned,
                                  int64_t ctas, int threads, size_t bytes, cudaStream_t stream,
                                  const std::type_identity_t<Params>&... params) {
-  if (cluster_ctas != 1) return {cudaErrorNotSupported, "clusters"};
   return launch_dependent(kernel, name, ctas, threads, bytes, stream, params...);
 }
 

@@ -1,6 +1,8 @@
 // In place of csrc/common/ptx.cuh: what the kernels that are emulated use of it.
 #pragma once
 
+#include <cuda.h>
+
 #include "simt.h"
 
 namespace flashmla::ptx {
@@ -47,6 +49,10 @@ inline uint32_t ld_shared_4(uint32_t address) { return smem<uint32_t>(address); 
 inline uint2 ld_shared_8(uint32_t address) { return smem<uint2>(address); }
 inline uint4 ld_shared_16(uint32_t address) { return smem<uint4>(address); }
 inline void st_shared_4(uint32_t address, uint32_t x) { smem<uint32_t>(address) = x; }
+inline void st_shared_16(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  smem<uint4>(address) = {r0, r1, r2, r3};
+}
+inline void st_shared_zero_16(uint32_t address) { smem<uint4>(address) = {0, 0, 0, 0}; }
 
 // ---------------------------------------------------------------------------------------------
 // mbarrier: bytes under way, arrivals to come, arrivals of a phase, phase.
@@ -97,13 +103,27 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
     word.wait(now, std::memory_order_relaxed);
   }
 }
+inline bool mbarrier_test(uint64_t* barrier, uint32_t parity) {
+  std::atomic_ref<uint64_t> word(*barrier);
+  return std::bit_cast<Phase>(word.load(std::memory_order_acquire)).parity != (parity & 1);
+}
 
-inline void named_barrier_sync(int id, int threads) { simt::named_barrier(id, threads).meet(false); }
+inline void named_barrier_sync(int id, int threads) {
+  simt::named_barrier(id, threads).meet(false);
+}
 inline bool named_barrier_or(int id, int threads, bool value) {
   return simt::named_barrier(id, threads).meet(value);
 }
 
-inline void cluster_sync() {}  // of one CTA
+// Clusters are not emulated: their kernels are compiled only.
+inline void cluster_sync() { std::abort(); }
+inline uint32_t cluster_cta_rank() { std::abort(); }
+inline uint32_t map_to_cta(uint32_t, uint32_t) { std::abort(); }
+inline void mbarrier_arrive_cluster(uint32_t) { std::abort(); }
+inline void st_async_16(uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t) {
+  std::abort();
+}
+
 inline void fence_barrier_init() {}
 inline void fence_proxy_async() {}
 template <int kRegisters>
@@ -120,6 +140,61 @@ inline void bulk_load(uint32_t destination, const void* source, uint32_t bytes, 
   if ((destination | bytes | reinterpret_cast<uintptr_t>(source)) % 16 != 0) std::abort();
   std::memcpy(smem_pointer(destination), source, bytes);
   mbarrier_change(barrier, [&](Phase& phase) { phase.bytes -= bytes; });
+}
+inline void prefetch_tensor_map(const CUtensorMap*) {}
+inline void tma_load_4d(void* destination, const CUtensorMap* map, uint64_t* barrier, uint64_t,
+                        int c0, int c1, int c2, int c3) {
+  const int first[4] = {c0, c1, c2, c3};
+  const uint32_t target = smem_address(destination);
+  if (target % 128 != 0 || map->box[0] != 64 || c0 != 0) std::abort();
+  uint32_t row = 0;
+  for (uint32_t i3 = 0; i3 < map->box[3]; ++i3) {
+    for (uint32_t i2 = 0; i2 < map->box[2]; ++i2) {
+      for (uint32_t i1 = 0; i1 < map->box[1]; ++i1, ++row) {
+        const int64_t at[4] = {0, first[1] + int64_t{i1}, first[2] + int64_t{i2},
+                               first[3] + int64_t{i3}};
+        const char* source = map->data;
+        bool exists = true;
+        for (int d = 1; d < 4; ++d) {
+          exists &= at[d] >= 0 && at[d] < static_cast<int64_t>(map->sizes[d]);
+          source += at[d] * static_cast<int64_t>(map->strides[d]);
+        }
+        for (uint32_t chunk = 0; chunk < 8; ++chunk) {
+          const uint32_t place = target + row * 128 + chunk * 16;
+          char* to = smem_pointer(place ^ (place >> 7 & 7) << 4);
+          if (exists) {
+            std::memcpy(to, source + chunk * 16, 16);
+          } else {
+            std::memset(to, 0, 16);
+          }
+        }
+      }
+    }
+  }
+  mbarrier_change(barrier, [&](Phase& phase) { phase.bytes -= row * 128; });
+}
+
+inline void cp_async_16(uint32_t destination, const void* source, bool valid) {
+  if (reinterpret_cast<uintptr_t>(source) % 16 != 0 && valid) std::abort();
+  smem<uint4>(destination) = valid ? *static_cast<const uint4*>(source) : uint4{0, 0, 0, 0};
+}
+template <int kBytes>
+void cp_async_small(uint32_t destination, const void* source) {
+  std::memcpy(smem_pointer(destination), source, kBytes);
+}
+inline void cp_async_commit() {}
+template <int kPending>
+void cp_async_wait() {}
+inline void cp_async_wait_all() {}
+
+inline void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  simt::warp().exchange(simt::lane(), address, [&](const std::vector<uint32_t>& rows) {
+    const uint32_t words[4] = {r0, r1, r2, r3};
+    for (int m = 0; m < 4; ++m) {
+      smem<uint32_t>(rows[8 * m + simt::lane() / 4] + simt::lane() % 4 * 4) = words[m];
+    }
+    return 0;
+  });
 }
 
 inline void ldmatrix_x4_trans(uint32_t address, uint32_t (&r)[4]) {
@@ -152,16 +227,33 @@ inline void stmatrix_x4_trans(uint32_t address, uint32_t r0, uint32_t r1, uint32
 
 inline float exp2_approx(float x) { return exp2f(x); }
 
+inline float e4m3_value(uint32_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  float x = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+  if ((code & 0x7f) == 0x7f) x = NAN;
+  return code & 0x80 ? -x : x;
+}
 inline void e4m3_to_f16(uint32_t codes, uint32_t& lo, uint32_t& hi) {
   const auto half = [&](int i) -> uint32_t {
-    const uint32_t code = codes >> 8 * i & 0xff;
-    const int exponent = code >> 3 & 15, mantissa = code & 7;
-    float x = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
-    if ((code & 0x7f) == 0x7f) x = NAN;
-    return std::bit_cast<uint16_t>(static_cast<_Float16>(code & 0x80 ? -x : x));
+    const float x = e4m3_value(codes >> 8 * i & 0xff);
+    return std::bit_cast<uint16_t>(static_cast<_Float16>(x));
   };
   lo = half(0) | half(1) << 16;
   hi = half(2) | half(3) << 16;
 }
+inline uint32_t f16_to_e4m3(uint32_t pair) {
+  const auto code = [](uint16_t bits) -> uint32_t {
+    const float x = std::bit_cast<_Float16>(bits);
+    const uint32_t sign = std::signbit(x) ? 0x80 : 0;
+    if (std::isnan(x)) return sign | 0x7f;
+    const float magnitude = min(std::fabs(x), 448.f);
+    // A step of the last bit, which is 2^-9 for the least ones; nearbyint rounds to even.
+    const int exponent = magnitude < 0x1p-6f ? -6 : std::ilogb(magnitude);
+    const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 3 - exponent)));
+    return sign | static_cast<uint32_t>((exponent + 6) * 8 + steps);
+  };
+  return code(static_cast<uint16_t>(pair)) | code(static_cast<uint16_t>(pair >> 16)) << 8;
+}
+inline uint32_t top_bit_of_byte(uint32_t x, int i) { return x >> (8 * i + 7) & 1 ? ~0u : 0u; }
 
 }  // namespace flashmla::ptx

@@ -1,2 +1,0 @@
-// In place of csrc/common/tensor_map.h: there is no copy engine for tensors here.
-#pragma once
