@@ -1,4 +1,4 @@
-// Shapes and budgets of decode over FP8 caches.
+// Shapes and budgets of decode over V3.2 caches for few rows: docs/kernels/fp8_decode.md.
 #pragma once
 
 #include "common/fp8_formats.h"

@@ -1,5 +1,5 @@
-// Decode for sm_90a over FP8 caches: the products have tokens where other kernels have rows, and
-// values are converted on their way from shared memory to the tensor cores.
+// Decode for sm_90a over V3.2 caches for few rows: the products have tokens where other kernels
+// have rows, and values are converted on their way from shared memory to the tensor cores.
 #pragma once
 
 #include "sm90/fp8_decode/loader.cuh"
