@@ -77,7 +77,7 @@ api/quantization
 
 kernels/dense_decode
 kernels/sparse_decode
-kernels/fp8_decode
+kernels/fp8_few_rows
 kernels/fp8_products
 site/contributing
 site/changelog

@@ -5,6 +5,7 @@ planner in jnp and a merge in float64. The same kernels are tested on GPUs (test
 is needed, and shared memory holds garbage when a CTA starts.
 """
 
+import dataclasses
 import functools
 
 import cases
@@ -359,8 +360,8 @@ def test_nothing_is_merged_by_a_broken_schedule(emulator, name, seed):
 FORMATS = {"plain": 0, "fp8_v32": 1, "fp8_v4": 2}
 
 
-def decode(emulator, inputs, parts, fp8_matmul=False):
-    """``(out, lse)`` of dense or sparse decode: plan, attention, merge."""
+def decode(emulator, inputs, parts, fp8_matmul=False, sign=1):
+    """``(out, lse)`` of dense or sparse decode: plan, attention, merge. ``sign``: of the scale."""
     case, sparse = inputs.case, isinstance(inputs.case, SparseCase)
     b, s_q, h_q, d = inputs.q.shape
     h_kv = 1 if sparse else case.h_kv
@@ -429,10 +430,11 @@ def decode(emulator, inputs, parts, fp8_matmul=False):
         heads_q=h_q,
         heads_kv=h_kv,
         head_dim=d,
+        head_dim_v=512,
         num_slots=2 * parts,
         format=FORMATS[cache_format],
         fp8_matmul=fp8_matmul,
-        softmax_scale=np.float32(case.softmax_scale).view(np.int32),
+        softmax_scale=np.float32(sign * case.softmax_scale).view(np.int32),
         **numbers,
     )
     return arrays["out"], arrays["lse"]
@@ -495,6 +497,40 @@ def check_fp8_products(emulator, name):
 @pytest.mark.parametrize("name", DECODES)
 def test_decode_agrees_with_the_oracle(emulator, name):
     check_decode(emulator, name)
+
+
+@only_memory
+@pytest.mark.parametrize("sign", [-1, 0])
+@pytest.mark.parametrize(
+    "name",
+    ["dense", "FP8 dense, 16 rows", "FP8 dense, 32 rows, any scales", "sparse V4", "sparse plain"],
+)
+def test_a_scale_that_is_not_positive(emulator, name, sign):
+    """A negative scale is as good as negative queries, and 0 as queries of zeros."""
+    build, parts = DECODES[name]
+    inputs = build()
+    op = "sparse_decode" if name.startswith("sparse") else "dense_decode"
+    same = dataclasses.replace(inputs, q=(sign * inputs.q).astype(cases.BFLOAT16))
+    oracle.check_decode(op, same, decode(emulator, inputs, parts, sign=sign))
+
+
+@only_memory
+@pytest.mark.parametrize("scales", ["power", "arbitrary"])
+def test_queries_of_any_size(emulator, scales):
+    """Power-of-two scales are where queries become fp16. A row that is not finite is NaN alone."""
+    inputs = fp8_dense(16, scales, s_q=1)
+    q = inputs.q.astype(np.float32)
+    q *= np.exp2(np.linspace(-120, 6, 16, dtype=np.float32))[:, None]
+    q[:, :, 1, :512] = 0  # RoPE columns alone,
+    q[:, :, 2, :512] *= np.float32(2) ** -10  # RoPE columns far larger,
+    q[:, :, 3, 512:] = 0  # and none
+    q[:, :, 2, 512:] *= np.float32(2) ** 95
+    q[0, 0, 4, 5], q[0, 0, 6, 570] = np.nan, np.inf
+    inputs = dataclasses.replace(inputs, q=q.astype(cases.BFLOAT16))
+    out, lse = inputs.expected()
+    got = decode(emulator, inputs, 2)
+    oracle.check_norm("dense_decode", "out", got[0], out)
+    oracle.check_norm("dense_decode", "lse", got[1], lse, bound=1e-5)
 
 
 @only_memory

@@ -11,7 +11,7 @@
 #include "common/schedule.cuh"
 #include "launch.h"
 #include "sm90/dense_decode/launch.cuh"
-#include "sm90/fp8_decode/fp8_decode.h"
+#include "sm90/fp8_few_rows_decode/fp8_few_rows_decode.h"
 #include "sm90/fp8_matmul_decode/fp8_matmul_decode.h"
 #include "sm90/gathered_decode/launch.cuh"
 
@@ -72,28 +72,44 @@ DecodeParams decode_params(const Array& schedule, const Array& lengths) {
   return p;
 }
 
+// The arrays of a decode operation and of its merge.
+struct DecodeArrays {
+  const Array q{"q"}, schedule{"schedule"}, lengths{"lengths"}, attn_sink{"attn_sink"};
+  const Array out{"out"}, lse{"lse"}, partial_out{"partial_out"}, partial_sums{"partial_sums"};
+  const Array schedule_is_broken{"schedule_is_broken"};
+
+  DecodeParams params() const {
+    DecodeParams p = decode_params(schedule, lengths);
+    p.seq_q = numbers["seq_q"];
+    p.heads_q = numbers["heads_q"];
+    p.heads_kv = numbers["heads_kv"];
+    p.sparse = numbers["sparse"];
+    p.slices = p.sparse ? p.seq_q : p.heads_kv;
+    p.head_dim = numbers["head_dim"];
+    p.head_dim_v = numbers["head_dim_v"];
+    p.softmax_scale = std::bit_cast<float>(numbers["softmax_scale"]);
+    p.fp8_matmul = numbers["fp8_matmul"];
+    p.dtype = numbers["is_fp16"] ? DataType::kFloat16 : DataType::kBFloat16;
+    p.q = q;
+    p.attn_sink = attn_sink;
+    p.out = out;
+    p.lse = lse;
+    p.partial_out = partial_out;
+    p.partial_sums = partial_sums;
+    p.schedule_is_broken = schedule_is_broken;
+    p.num_slots = numbers["num_slots"];
+    return p;
+  }
+  void write_back() const {
+    out.write_back();
+    lse.write_back();
+  }
+};
+
 void merge() {
-  const Array schedule("schedule"), lengths("lengths"), sink("attn_sink"), out("out"), lse("lse");
-  const Array partial_out("partial_out"), partial_sums("partial_sums"),
-      broken("schedule_is_broken");
-  DecodeParams p = decode_params(schedule, lengths);
-  p.seq_q = numbers["seq_q"];
-  p.heads_q = numbers["heads_q"];
-  p.heads_kv = numbers["heads_kv"];
-  p.sparse = numbers["sparse"];
-  p.slices = p.sparse ? p.seq_q : p.heads_kv;
-  p.head_dim_v = numbers["head_dim_v"];
-  p.dtype = numbers["is_fp16"] ? DataType::kFloat16 : DataType::kBFloat16;
-  p.attn_sink = sink;
-  p.out = out;
-  p.lse = lse;
-  p.partial_out = partial_out;
-  p.partial_sums = partial_sums;
-  p.schedule_is_broken = broken;
-  p.num_slots = numbers["num_slots"];
-  check(launch_combine(p, nullptr));
-  out.write_back();
-  lse.write_back();
+  const DecodeArrays arrays;
+  check(launch_combine(arrays.params(), nullptr));
+  arrays.write_back();
 }
 
 // The kernels that are compiled here, of those that the launchers choose from.
@@ -102,7 +118,7 @@ Status launch(const DenseDecodeParams& p) {
     return sm90::dense_decode::launch<__nv_bfloat16, 576, 512>(p, nullptr);
   }
   return p.fp8_matmul ? sm90::fp8_matmul_decode::launch(p, nullptr)
-                      : sm90::fp8_decode::launch(p, nullptr);
+                      : sm90::fp8_few_rows_decode::launch(p, nullptr);
 }
 Status launch(const SparseDecodeParams& p) {
   if (p.format == CacheFormat::kPlain) {
@@ -112,49 +128,29 @@ Status launch(const SparseDecodeParams& p) {
     return sm90::gathered_decode::launch<__nv_bfloat16, 512, true, CacheFormat::kFp8V4>(p, nullptr);
   }
   return p.fp8_matmul ? sm90::fp8_matmul_decode::launch(p, nullptr)
-                      : sm90::fp8_decode::launch(p, nullptr);
+                      : sm90::fp8_few_rows_decode::launch(p, nullptr);
 }
 
 // Attention, dense or sparse, and its merge.
 void decode() {
-  const Array q("q"), schedule("schedule"), lengths("lengths"), sink("attn_sink"), out("out"),
-      lse("lse"), partial_out("partial_out"), partial_sums("partial_sums"),
-      broken("schedule_is_broken"), k_cache("k_cache"), table("table");
+  const DecodeArrays arrays;
+  const Array k_cache("k_cache"), table("table");
   const Array extra_k_cache("extra_k_cache"), extra_table("extra_table"),
       extra_lengths("extra_lengths");
   const auto run = [&](auto& p) {
-    p.seq_q = numbers["seq_q"];
-    p.heads_q = numbers["heads_q"];
-    p.heads_kv = numbers["heads_kv"];
-    p.sparse = numbers["sparse"];
-    p.slices = p.sparse ? p.seq_q : p.heads_kv;
-    p.head_dim = numbers["head_dim"];
-    p.head_dim_v = 512;
-    p.softmax_scale = std::bit_cast<float>(numbers["softmax_scale"]);
-    p.fp8_matmul = numbers["fp8_matmul"];
-    p.dtype = DataType::kBFloat16;
-    p.q = q;
-    p.attn_sink = sink;
-    p.out = out;
-    p.lse = lse;
-    p.partial_out = partial_out;
-    p.partial_sums = partial_sums;
-    p.schedule_is_broken = broken;
-    p.num_slots = numbers["num_slots"];
     p.format = static_cast<CacheFormat>(numbers["format"]);
     check(launch(p));
     check(launch_combine(p, nullptr));
   };
   if (numbers["sparse"]) {
-    SparseDecodeParams p{decode_params(schedule, lengths)};
-    p.runs[0].most = numbers["topk"];
+    SparseDecodeParams p{arrays.params()};
     p.runs[1] = {extra_lengths, numbers["extra_topk"]};
     p.sources[0] = {k_cache, table, numbers["num_pages"], numbers["page_size"], numbers["topk"]};
     p.sources[1] = {extra_k_cache, extra_table, numbers["extra_num_pages"],
                     numbers["extra_page_size"], numbers["extra_topk"]};
     run(p);
   } else {
-    DenseDecodeParams p{decode_params(schedule, lengths)};
+    DenseDecodeParams p{arrays.params()};
     p.num_pages = numbers["num_pages"];
     p.page_size = numbers["page_size"];
     p.table_width = numbers["table_width"];
@@ -163,8 +159,7 @@ void decode() {
     p.block_table = table;
     run(p);
   }
-  out.write_back();
-  lse.write_back();
+  arrays.write_back();
 }
 
 void plan() {

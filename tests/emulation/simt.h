@@ -1,7 +1,7 @@
-// Runs CUDA kernels on the CPU, a thread for a thread: what the kernels of csrc/smxx and
-// csrc/sm90/fp8_decode use of CUDA, so that sanitizers see them on any machine. Only one CTA runs
-// at a time, with garbage in its shared memory. Slow, and no proof of memory order: what the GPU
-// does later (copies, matrix products) is done at once.
+// Runs CUDA kernels on the CPU, a thread for a thread: what those of csrc use of CUDA, so that
+// sanitizers see them on any machine. Only one CTA runs at a time, with garbage in its shared
+// memory. Slow, and no proof of memory order: what the GPU does later (copies, matrix products) is
+// done at once.
 #pragma once
 
 #include <algorithm>

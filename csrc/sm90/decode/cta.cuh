@@ -6,6 +6,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <new>
+
 #include "common/fast_divide.h"
 #include "common/final_row.cuh"
 #include "common/partial_results.h"
@@ -68,6 +70,33 @@ __device__ __forceinline__ int64_t lse_index(const KernelParams<P>& kp, int requ
 template <typename P>
 using PieceWalk = schedule::PieceWalk<
     std::conditional_t<P::kSparse, schedule::ChoiceLengths, schedule::SequenceLengths>>;
+
+// Where a math warpgroup is in its part of the schedule, in shared memory, for kernels that have no
+// registers for it.
+template <typename P>
+struct SharedWalk {
+  // Calls body(piece) for each piece of the part, by all threads of the warpgroup, whose barrier is
+  // `barrier`.
+  template <typename Barrier, typename Body>
+  __device__ __forceinline__ void for_each(const KernelParams<P>& kp, int part, int thread,
+                                           const Barrier& barrier, const Body& body) {
+    if (thread == 0) new (walk) PieceWalk<P>(kp.p, part);
+    while (true) {
+      if (thread == 0) more = reinterpret_cast<PieceWalk<P>*>(walk)->next(kp.p, piece);
+      barrier();
+      if (!more) break;
+      body(piece);
+      barrier();
+    }
+  }
+
+  alignas(8) uint8_t walk[sizeof(PieceWalk<P>)];
+  schedule::Piece piece;
+  bool more;
+};
+
+// While nothing was attended the maximum is -inf, and -inf - -inf must not make a NaN.
+__device__ __forceinline__ float finite_max(float max) { return max == -INFINITY ? 0.f : max; }
 
 // Tokens that a row of the request and slice attends to. Never decreases along the rows. All rows
 // see the block that stands for a length that makes no sense.
@@ -338,6 +367,23 @@ __device__ __forceinline__ bool begin_cta(const KernelParams<P>& kp, SharedStora
   if (blockIdx.x == 0 && threadIdx.x == 0) *kp.p.schedule_is_broken = broken;
   if (broken) fill_nan<P>(kp, smem.place);
   return !broken;
+}
+
+// All of a CTA whose math warpgroups run the same code, and whose last warpgroup loads.
+template <typename P, typename Loader, typename MathGroup>
+__device__ __forceinline__ void run_cta(const KernelParams<P>& kp) {
+  auto& smem = shared_storage<P>(ptx::dynamic_smem());
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+
+  if (!begin_cta<P>(kp, smem)) return;
+
+  if (warpgroup == (P::kThreads - P::kLoadThreads) / 128) {
+    ptx::setmaxnreg_dec<P::kLoadRegisters>();
+    Loader(kp, smem).run();
+  } else {
+    ptx::setmaxnreg_inc<P::kMathRegisters>();
+    MathGroup(kp, smem, warpgroup).run();
+  }
 }
 
 }  // namespace flashmla::sm90::decode

@@ -312,11 +312,6 @@ class MathGroup {
     }
   }
 
-  // While nothing was attended the maximum is -inf, and -inf - -inf must not make a NaN.
-  __device__ __forceinline__ static float finite_max(float max) {
-    return max == -INFINITY ? 0.f : max;
-  }
-
   // Makes `new_max` the running maximum, rescales the sum, returns the factor for the output.
   __device__ __forceinline__ float set_max(int h, float new_max) {
     if (new_max == state_.max[h]) return 1.f;

@@ -1,6 +1,7 @@
 // The math warpgroups of decode with FP8 products.
 #pragma once
 
+#include "sm90/decode/bfloat16_rows.cuh"
 #include "sm90/fp8_matmul_decode/storage.cuh"
 
 namespace flashmla::sm90::fp8_matmul_decode {
@@ -25,22 +26,16 @@ class MathGroup {
 
   __device__ __forceinline__ void run() {
     auto& smem = fresh_smem();
-    auto& [walk, piece, more] = smem.pieces[group_];
-    if (thread_ == 0) new (walk) PieceWalk<P>(kp_.p, smem.place.part);
-    while (true) {
-      // In shared memory, since registers are scarce.
-      if (thread_ == 0) more = reinterpret_cast<PieceWalk<P>*>(walk)->next(kp_.p, piece);
-      barrier_of_group();
-      if (!more) break;
+    const auto barrier = [&] { barrier_of_group(); };
+    smem.pieces[group_].for_each(kp_, smem.place.part, thread_, barrier, [&](auto& piece) {
       if (piece.first_block >= piece.end_block) {
         store_empty(kp_, fresh_smem().place, piece, group_, thread_);
-      } else {
-        begin_piece(piece);
-        attend(piece);
-        finish_piece(piece);
+        return;
       }
-      barrier_of_group();
-    }
+      begin_piece(piece);
+      attend(piece);
+      finish_piece(piece);
+    });
   }
 
  private:
@@ -288,11 +283,6 @@ class MathGroup {
     for (int k = 0; k < 4; ++k) smem.p[pair_parity()][group_][k][thread_] = uint4{0, 0, 0, 0};
   }
 
-  // While nothing was attended the maximum is -inf, and -inf - -inf must not make a NaN.
-  __device__ __forceinline__ static float finite_max(float max) {
-    return max == -INFINITY ? 0.f : max;
-  }
-
   __device__ __forceinline__ void set_max(int h, float new_max) {
     sum_[h] *= ratio(max_[h], new_max);
     max_[h] = new_max;
@@ -475,28 +465,13 @@ class MathGroup {
           const uint4 x = rope[i];
           ptx::st_shared_16(
               ptx::smem_address(smem.q_rope) + row * kRowBytes + ((lane() ^ (row & 7)) << 4),
-              scaled(x.x, scale), scaled(x.y, scale), scaled(x.z, scale), scaled(x.w, scale));
+              scaled_pair<T>(x.x, scale), scaled_pair<T>(x.y, scale), scaled_pair<T>(x.z, scale),
+              scaled_pair<T>(x.w, scale));
         }
       }
     }
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(kBarrierQueries, kMathThreads);
-  }
-
-  // The largest magnitude, as the bits of a bfloat16, of eight.
-  __device__ __forceinline__ static uint32_t largest(const uint4& x) {
-    const uint32_t m = __vmaxu2(__vmaxu2(x.x & 0x7fff7fff, x.y & 0x7fff7fff),
-                                __vmaxu2(x.z & 0x7fff7fff, x.w & 0x7fff7fff));
-    return max(m >> 16, m & 0xffff);
-  }
-
-  __device__ __forceinline__ static float2 unpacked(uint32_t pair) {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
-  }
-
-  __device__ __forceinline__ static uint32_t scaled(uint32_t pair, float scale) {
-    const float2 x = unpacked(pair);
-    return ptx::pack<T>(x.x * scale, x.y * scale);
   }
 
   // Stores eight latent columns, those of chunk `chunk`, of a row.

@@ -34,12 +34,7 @@ struct SharedStorage<fp8_matmul_decode::Problem<kSparse>> {
   GatheredBlock blocks[kAnnouncedBlocks];
   alignas(8) uint8_t stream[sizeof(BlockStream<P>)];
 
-  struct Pieces {
-    alignas(8) uint8_t walk[sizeof(PieceWalk<P>)];
-    schedule::Piece piece;
-    bool more;
-  };
-  Pieces pieces[kMathGroups];  // where each warpgroup is in the schedule
+  SharedWalk<P> pieces[kMathGroups];
 
   float q_factor[kRows];  // undoes the scaling of a row of queries; NaN if it is not finite
   float row_max[2][kMathGroups][kRows];  // for even and for odd pairs

@@ -17,14 +17,20 @@ namespace flashmla::sm90::gathered_decode {
 constexpr int kMostTokenBytes = 576 * 2;
 static __device__ const uint4 kZeros[kMostTokenBytes / sizeof(uint4)] = {};
 
+// Four e4m3 codes as float32, exact: the low and the high half of `codes`.
+__device__ __forceinline__ void codes_to_floats(uint32_t codes, float2& lo, float2& hi) {
+  uint32_t halves[2];
+  ptx::e4m3_to_f16(codes, halves[0], halves[1]);
+  lo = __half22float2(reinterpret_cast<const __half2&>(halves[0]));
+  hi = __half22float2(reinterpret_cast<const __half2&>(halves[1]));
+}
+
 // Four e4m3 values times their scale, rounded to bfloat16 once: as exact as can be for any scale.
 // NaN codes, and NaN or infinite scales, give NaN.
 __device__ __forceinline__ uint2 dequantize(uint32_t codes, float scale) {
-  uint32_t halves[2];
-  ptx::e4m3_to_f16(codes, halves[0], halves[1]);
   uint2 result;
-  const float2 a = __half22float2(reinterpret_cast<const __half2&>(halves[0]));
-  const float2 b = __half22float2(reinterpret_cast<const __half2&>(halves[1]));
+  float2 a, b;
+  codes_to_floats(codes, a, b);
   result.x = ptx::pack<__nv_bfloat16>(a.x * scale, a.y * scale);
   result.y = ptx::pack<__nv_bfloat16>(b.x * scale, b.y * scale);
   return result;

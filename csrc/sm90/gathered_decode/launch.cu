@@ -1,4 +1,4 @@
-#include "sm90/fp8_decode/fp8_decode.h"
+#include "sm90/fp8_few_rows_decode/fp8_few_rows_decode.h"
 #include "sm90/fp8_matmul_decode/fp8_matmul_decode.h"
 #include "sm90/gathered_decode/launch.cuh"
 #include "sm90/gathered_decode/launch.h"
@@ -28,8 +28,8 @@ Status launch_sparse_decode_sm90(const SparseDecodeParams& params, cudaStream_t 
   switch (params.format) {
     case CacheFormat::kFp8V32:
       if (params.fp8_matmul) return sm90::fp8_matmul_decode::launch(params, stream);
-      if (sm90::fp8_decode::takes_rows(params.heads_q)) {
-        return sm90::fp8_decode::launch(params, stream);
+      if (sm90::fp8_few_rows_decode::takes(params)) {
+        return sm90::fp8_few_rows_decode::launch(params, stream);
       }
       return impl::launch<__nv_bfloat16, 576, true, CacheFormat::kFp8V32>(params, stream);
     case CacheFormat::kFp8V4:
@@ -53,9 +53,7 @@ Status launch_dense(const DenseDecodeParams& params, cudaStream_t stream) {
     return {cudaErrorNotSupported, "head_dim_v of the dense decode kernel"};
   }
   if (params.fp8_matmul) return fp8_matmul_decode::launch(params, stream);
-  if (fp8_decode::takes_rows(params.seq_q * params.heads_q)) {
-    return fp8_decode::launch(params, stream);
-  }
+  if (fp8_few_rows_decode::takes(params)) return fp8_few_rows_decode::launch(params, stream);
   return launch<__nv_bfloat16, 576, false, CacheFormat::kFp8V32>(params, stream);
 }
 

@@ -1,10 +1,10 @@
 // The loading warpgroup of decode over FP8 caches: copies tokens as they are.
 #pragma once
 
-#include "sm90/fp8_decode/storage.cuh"
+#include "sm90/fp8_few_rows_decode/storage.cuh"
 #include "sm90/gathered_decode/token_finder.cuh"
 
-namespace flashmla::sm90::fp8_decode {
+namespace flashmla::sm90::fp8_few_rows_decode {
 
 using gathered_decode::TokenFinder;
 
@@ -75,4 +75,4 @@ class Loader : TokenFinder<P, CacheFormat::kFp8V32> {
   const uint64_t policy_ = ptx::evict_first_policy();
 };
 
-}  // namespace flashmla::sm90::fp8_decode
+}  // namespace flashmla::sm90::fp8_few_rows_decode

@@ -1,10 +1,10 @@
-// Shapes and budgets of decode over V3.2 caches for few rows: docs/kernels/fp8_decode.md.
+// Shapes and budgets of decode over V3.2 caches for few rows: docs/kernels/fp8_few_rows.md.
 #pragma once
 
 #include "common/fp8_formats.h"
 #include "sm90/decode/config.h"
 
-namespace flashmla::sm90::fp8_decode {
+namespace flashmla::sm90::fp8_few_rows_decode {
 
 using namespace decode;
 
@@ -47,4 +47,4 @@ constexpr int kHalfTiles = kLatentTiles / 2;
 constexpr int kBlockBytes = kTokens * Token::kTokenBytes;
 static_assert(Token::kTokenBytes / 16 % 2 == 1);
 
-}  // namespace flashmla::sm90::fp8_decode
+}  // namespace flashmla::sm90::fp8_few_rows_decode

@@ -8,21 +8,16 @@
 // each has a maximum, sums and results of its own, which are added up at its end.
 #pragma once
 
-#include "sm90/fp8_decode/storage.cuh"
+#include "sm90/decode/bfloat16_rows.cuh"
+#include "sm90/fp8_few_rows_decode/storage.cuh"
+#include "sm90/gathered_decode/format.cuh"
 
-namespace flashmla::sm90::fp8_decode {
+namespace flashmla::sm90::fp8_few_rows_decode {
 
 // Of the rows that stand for eight tokens in an accumulator, which token `row` is. Neighbouring
 // rows are four tokens apart, so that eight lanes, which load four chunks of two rows, find them in
 // different banks.
 __device__ __forceinline__ int token_of_row(int row) { return (row & 1) * 4 + (row >> 1); }
-
-__device__ __forceinline__ void codes_to_floats(uint32_t codes, float2& lo, float2& hi) {
-  uint32_t halves[2];
-  ptx::e4m3_to_f16(codes, halves[0], halves[1]);
-  lo = __half22float2(reinterpret_cast<const __half2&>(halves[0]));
-  hi = __half22float2(reinterpret_cast<const __half2&>(halves[1]));
-}
 
 // The type of converted values.
 template <bool kSimple>
@@ -52,10 +47,9 @@ struct Factor<false> {
 
   __device__ __forceinline__ void set(float x) { scale = x; }
   __device__ __forceinline__ void convert(uint32_t codes, uint32_t& lo, uint32_t& hi) const {
-    float2 x, y;
-    codes_to_floats(codes, x, y);
-    lo = ptx::pack<__nv_bfloat16>(x.x * scale, x.y * scale);
-    hi = ptx::pack<__nv_bfloat16>(y.x * scale, y.y * scale);
+    const uint2 values = gathered_decode::dequantize(codes, scale);
+    lo = values.x;
+    hi = values.y;
   }
 };
 
@@ -70,7 +64,7 @@ __device__ __forceinline__ void convert_columns(uint32_t codes, __half2 scales, 
 __device__ __forceinline__ void convert_columns(uint32_t codes, float2 scales, uint32_t& first,
                                                 uint32_t& second) {
   float2 x, y;
-  codes_to_floats(codes, x, y);
+  gathered_decode::codes_to_floats(codes, x, y);
   first = ptx::pack<__nv_bfloat16>(x.x * scales.x, y.x * scales.y);
   second = ptx::pack<__nv_bfloat16>(x.y * scales.x, y.y * scales.y);
 }
@@ -85,7 +79,7 @@ class MathGroup {
   static constexpr int kAccumulators = kTileRows / 2;
 
  public:
-  // Both run the same code, or it would not fit into the instruction cache.
+  // All run the same code, or it would not fit into the instruction cache.
   __device__ MathGroup(const KernelParams<P>& kp, SharedStorage<P>& smem, int group)
       : kp_(kp), smem_(smem), group_(group) {
     thread_ = threadIdx.x % 128;
@@ -94,28 +88,22 @@ class MathGroup {
   }
 
   __device__ __forceinline__ void run() {
-    auto& [walk, piece, more] = smem_.pieces[group_];
-    if (thread_ == 0) new (walk) PieceWalk<P>(kp_.p, smem_.place.part);
-    while (true) {
-      // In shared memory, since registers are scarce.
-      if (thread_ == 0) more = reinterpret_cast<PieceWalk<P>*>(walk)->next(kp_.p, piece);
-      barrier_of_group();
-      if (!more) break;
+    const auto barrier = [&] { barrier_of_group(); };
+    smem_.pieces[group_].for_each(kp_, smem_.place.part, thread_, barrier, [&](auto& piece) {
       if (piece.first_block >= piece.end_block) {
         if (group_ < 2) store_empty(kp_, smem_.place, piece, group_, thread_);
-      } else {
-        begin_piece(piece);
-        to_number_ -= piece.first_block;
-#pragma unroll 1
-        for (int block = piece.first_block + group_; block < piece.end_block;
-             block += P::kMathGroups) {
-          attend(block);
-        }
-        to_number_ += piece.end_block;
-        finish_piece(piece);
+        return;
       }
-      barrier_of_group();
-    }
+      begin_piece(piece);
+      to_number_ -= piece.first_block;
+#pragma unroll 1
+      for (int block = piece.first_block + group_; block < piece.end_block;
+           block += P::kMathGroups) {
+        attend(block);
+      }
+      to_number_ += piece.end_block;
+      finish_piece(piece);
+    });
   }
 
  private:
@@ -374,11 +362,6 @@ class MathGroup {
         wgmma::hold(s);
       }
     }
-  }
-
-  // While nothing was attended the maximum is -inf, and -inf - -inf must not make a NaN.
-  __device__ __forceinline__ static float finite_max(float max) {
-    return max == -INFINITY ? 0.f : max;
   }
 
   // What shared memory has of this thread's rows.
@@ -640,21 +623,11 @@ class MathGroup {
     barrier_of_groups();
   }
 
-  // The largest magnitude, as the bits of a bfloat16, of eight.
-  __device__ __forceinline__ static uint32_t largest(const uint4& x) {
-    const uint32_t m = __vmaxu2(__vmaxu2(x.x & 0x7fff7fff, x.y & 0x7fff7fff),
-                                __vmaxu2(x.z & 0x7fff7fff, x.w & 0x7fff7fff));
-    return max(m >> 16, m & 0xffff);
-  }
-
-  // Pairs of bfloat16 times a factor.
+  // Eight bfloat16 times a factor.
   template <typename To>
   __device__ __forceinline__ static uint4 scaled(const uint4& x, float factor) {
-    const auto pair = [factor](uint32_t x) {
-      return ptx::pack<To>(__uint_as_float(x << 16) * factor,
-                           __uint_as_float(x & 0xffff0000) * factor);
-    };
-    return {pair(x.x), pair(x.y), pair(x.z), pair(x.w)};
+    return {scaled_pair<To>(x.x, factor), scaled_pair<To>(x.y, factor),
+            scaled_pair<To>(x.z, factor), scaled_pair<To>(x.w, factor)};
   }
 
   // Stores 8 columns at the places in `row` of a tile where the products look for what lanes with
@@ -853,4 +826,4 @@ class MathGroup {
   int to_number_ = 0;       // from a block of the piece to its number in the part
 };
 
-}  // namespace flashmla::sm90::fp8_decode
+}  // namespace flashmla::sm90::fp8_few_rows_decode

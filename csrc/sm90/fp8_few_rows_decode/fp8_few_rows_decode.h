@@ -3,12 +3,12 @@
 
 #include "launch.h"
 
-namespace flashmla::sm90::fp8_decode {
+namespace flashmla::sm90::fp8_few_rows_decode {
 
-// Whether the kernels here are for so many rows of a request and slice (query tokens x heads).
-bool takes_rows(int rows);
+// Whether the kernels here are for so few rows of a request and slice (query tokens x heads).
+bool takes(const DecodeParams& params);
 
 Status launch(const DenseDecodeParams& params, cudaStream_t stream);
 Status launch(const SparseDecodeParams& params, cudaStream_t stream);
 
-}  // namespace flashmla::sm90::fp8_decode
+}  // namespace flashmla::sm90::fp8_few_rows_decode

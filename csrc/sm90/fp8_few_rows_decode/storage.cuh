@@ -2,38 +2,33 @@
 #pragma once
 
 #include "sm90/decode/cta.cuh"
-#include "sm90/fp8_decode/config.h"
+#include "sm90/fp8_few_rows_decode/config.h"
 
 namespace flashmla::sm90::decode {
 
 template <bool kSparse, int kTileRows>
-struct SharedStorage<fp8_decode::Problem<kSparse, kTileRows>> {
-  using P = fp8_decode::Problem<kSparse, kTileRows>;
+struct SharedStorage<fp8_few_rows_decode::Problem<kSparse, kTileRows>> {
+  using P = fp8_few_rows_decode::Problem<kSparse, kTileRows>;
 
   // Rows of 64 columns, swizzled.
   static constexpr int kTileBytes = kTileRows * kRowBytes;
   // Queries: latent columns and RoPE columns, in the order in which lanes have those of the keys.
-  alignas(1024) uint8_t q[fp8_decode::kLatentTiles + 1][kTileBytes];
+  alignas(1024) uint8_t q[fp8_few_rows_decode::kLatentTiles + 1][kTileBytes];
   // The same times a power of two for each row, latent columns as fp16.
-  alignas(1024) uint8_t simple_q[fp8_decode::kLatentTiles + 1][kTileBytes];
+  alignas(1024) uint8_t simple_q[fp8_few_rows_decode::kLatentTiles + 1][kTileBytes];
   // Of each warpgroup P of its block, a token a column, in the type of the values.
   alignas(1024) uint8_t p[P::kMathGroups][kTileBytes];
   // Blocks as they lie in the cache.
-  alignas(128) uint8_t tokens[P::kStages][fp8_decode::kBlockBytes];
+  alignas(128) uint8_t tokens[P::kStages][fp8_few_rows_decode::kBlockBytes];
 
   GatheredBlock blocks[kAnnouncedBlocks];
   static_assert(kAnnouncedBlocks > 2 + P::kStages);
   alignas(8) uint8_t stream[sizeof(BlockStream<P>)];
 
-  struct Pieces {
-    alignas(8) uint8_t walk[sizeof(PieceWalk<P>)];
-    schedule::Piece piece;
-    bool more;
-  };
-  Pieces pieces[P::kMathGroups];  // where each warpgroup is in the schedule
+  SharedWalk<P> pieces[P::kMathGroups];
 
   // Of each warpgroup the scales of its block as the values need them; simple ones as fp16.
-  alignas(16) float scales[P::kMathGroups][fp8_decode::kGroups * kTokens];
+  alignas(16) float scales[P::kMathGroups][fp8_few_rows_decode::kGroups * kTokens];
   alignas(16) float q_factor[kTileRows];  // undoes that of simple_q; NaN if a row is not finite
   // Of each warpgroup: the running maximum (base-2 scaled scores), -inf while nothing was attended;
   // that of each warp, if it moves; the sums of the weights that each warp has had.

@@ -1,9 +1,9 @@
 #include "sm90/decode/launch.cuh"
-#include "sm90/fp8_decode/fp8_decode.h"
-#include "sm90/fp8_decode/kernel.cuh"
+#include "sm90/fp8_few_rows_decode/fp8_few_rows_decode.h"
+#include "sm90/fp8_few_rows_decode/kernel.cuh"
 #include "sm90/gathered_decode/fill_params.cuh"
 
-namespace flashmla::sm90::fp8_decode {
+namespace flashmla::sm90::fp8_few_rows_decode {
 namespace {
 
 template <bool kSparse, int kTileRows, typename Params>
@@ -13,7 +13,7 @@ Status launch_tiles(const Params& params, cudaStream_t stream) {
   if (Status status = gathered_decode::fill_params<P>(params, params.format, &kp); !status.ok()) {
     return status;
   }
-  return launch_cta<P>(&fp8_decode_kernel<P>, kp, stream);
+  return launch_cta<P>(&fp8_few_rows_decode_kernel<P>, kp, stream);
 }
 
 template <bool kSparse, typename Params>
@@ -25,7 +25,7 @@ Status launch_kernel(const Params& params, cudaStream_t stream) {
 
 }  // namespace
 
-bool takes_rows(int rows) { return rows <= 32; }
+bool takes(const DecodeParams& params) { return partial::rows_of_slice(params) <= 32; }
 
 Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
   return launch_kernel<false>(params, stream);
@@ -35,4 +35,4 @@ Status launch(const SparseDecodeParams& params, cudaStream_t stream) {
   return launch_kernel<true>(params, stream);
 }
 
-}  // namespace flashmla::sm90::fp8_decode
+}  // namespace flashmla::sm90::fp8_few_rows_decode
