@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cases
@@ -276,6 +276,32 @@ def with_data(inputs: SparseInputs, data: np.ndarray) -> SparseInputs:
 def is_used(inputs: SparseInputs) -> np.ndarray:
     """bool[slots]: whether any query token attends to a slot of the first cache."""
     return cases._referenced(inputs.indices, inputs.topk_length, inputs.case.slots)
+
+
+def with_scales(inputs: SparseInputs, draw: Callable[[], np.ndarray]) -> SparseInputs:
+    """Scales that ``draw`` makes for each used token of an FP8 cache, as they are stored.
+
+    Queries are multiplied so that scores have a deviation of about 1, whatever the scales.
+    """
+    case, data = inputs.case, inputs.cache.data.copy()
+    used = is_used(inputs)
+    for slot in np.flatnonzero(used).tolist():
+        token_bytes(data, case, slot, "scales")[:] = draw().view(np.uint8)
+    changed = with_data(inputs, data)
+    values = changed.cache.values.reshape(-1, case.d)[used].astype(np.float32)
+    q = inputs.q.astype(np.float32) / (0.7 * case.softmax_scale * case.d**0.5 * np.std(values))
+    return dataclasses.replace(changed, q=q.astype(cases.BFLOAT16))
+
+
+def v4_scales(low: int, high: int) -> Callable[[], np.ndarray]:
+    """For `with_scales`: powers of two from 2^low to 2^high, each tile its own."""
+    rng = np.random.default_rng(127 + high)
+    return lambda: (127 + rng.integers(low, high, 7, endpoint=True)).astype(np.uint8)
+
+
+#: Exponents of V4 scales: small ones, those with which fp16 has the values and at both ends of
+#: them, large ones. Not far apart, lest a result be that of one token, with all of its rounding.
+V4_SCALES = ((-40, -37), (-17, -13), (-3, 3), (5, 9), (12, 15))
 
 
 def _filled(data: np.ndarray, values: np.ndarray, case: SparseCase, page_size: int) -> np.ndarray:

@@ -470,7 +470,9 @@ DECODES = {
     "FP8 dense, a part": (lambda: fp8_dense(16, "power", s_q=1, page_size=64), 1),
     "sparse V3.2, 16 rows": (lambda: sparse(5, scales="arbitrary"), 3),
     "sparse V3.2, 32 rows": (lambda: sparse(20, **EXTRA), 3),
-    "sparse V4": (lambda: sparse(20, "fp8_v4", **EXTRA), 3),
+    "sparse V4, 16 rows": (lambda: sparse(7, "fp8_v4", page_size=1, **EXTRA), 3),
+    "sparse V4, 32 rows": (lambda: sparse(20, "fp8_v4", **EXTRA), 3),
+    "sparse V4": (lambda: sparse(40, "fp8_v4", **EXTRA), 3),
     "sparse plain": (lambda: sparse(20, "plain", **EXTRA), 3),
 }
 FP8_PRODUCTS = {
@@ -515,6 +517,20 @@ def test_a_scale_that_is_not_positive(emulator, name, sign):
 
 
 @only_memory
+@pytest.mark.parametrize("low,high", sparse_cases.V4_SCALES)
+@pytest.mark.parametrize("h_q", [16, 40])
+def test_v4_scales_of_any_size(emulator, low, high, h_q):
+    inputs = sparse(h_q, "fp8_v4", s_q=1, invalid=0.0)
+    inputs = sparse_cases.with_scales(inputs, sparse_cases.v4_scales(low, high))
+    out, lse = inputs.expected()
+    got = decode(emulator, inputs, 2)
+    for tile in range(0, 512, 128):
+        columns = slice(tile, tile + 128)
+        oracle.check_norm("sparse_decode", "out", got[0][..., columns], out[..., columns])
+    oracle.check_norm("sparse_decode", "lse", got[1], lse, bound=2e-4)
+
+
+@only_memory
 @pytest.mark.parametrize("scales", ["power", "arbitrary"])
 def test_queries_of_any_size(emulator, scales):
     """Power-of-two scales are where queries become fp16. A row that is not finite is NaN alone."""
@@ -541,7 +557,15 @@ def test_fp8_products_agree_with_their_oracle(emulator, name):
 
 @pytest.mark.parametrize("emulator", ["races"], indirect=True)
 @pytest.mark.parametrize(
-    "name", ["dense", "FP8 dense, 16 rows", "sparse V3.2, 32 rows", "sparse V4", "sparse plain"]
+    "name",
+    [
+        "dense",
+        "FP8 dense, 16 rows",
+        "sparse V3.2, 32 rows",
+        "sparse V4, 16 rows",
+        "sparse V4",
+        "sparse plain",
+    ],
 )
 def test_decode_has_no_races(emulator, name):
     check_decode(emulator, name)

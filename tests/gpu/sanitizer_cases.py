@@ -260,6 +260,12 @@ for _kind, _format in sparse_cases.FORMATS.items():
         ),
         num_sm_parts=3,
     )
+    if not _kind.startswith("plain"):  # 16 heads have a kernel of their own
+        _sparse(
+            f"sparse-{_kind}-a-row-tile",
+            SparseCase("", 2, 130, 40, slots=256, page_size=1, **_format),
+            num_sm_parts=2,
+        )
     _sparse(
         f"sparse-{_kind}-two-row-tiles",
         SparseCase("", 2, 130, 128, slots=256, page_size=1, **_format),

@@ -567,19 +567,22 @@ def right_by_tiles(changed, got, *, or_nan=False):
 def test_scales_of_any_size(low, high, powers, h_q):
     """Scales that are powers of two or not, small ones and large ones, each tile its own."""
     case = SparseCase("scales", 2, 300, h_q, s_q=2, cache_format="fp8_v32", invalid=0.0)
-    inputs = cases.build_sparse(case)
-    data = inputs.cache.data.copy()
     rng = np.random.default_rng(int(high))
-    for slot in np.flatnonzero(is_used(inputs)).tolist():
+
+    def scales():
         exponents = rng.uniform(np.log2(low), np.log2(high), 4)
-        scales = np.exp2(np.round(exponents) if powers else exponents).astype(np.float32)
-        token_bytes(data, case, slot, "scales")[:] = scales.view(np.uint8)
-    changed = sparse_cases.with_data(inputs, data)
-    # Scores of a deviation of about 1, whatever the scales.
-    values = changed.cache.values.reshape(-1, 576)[is_used(inputs)].astype(np.float32)
-    q = inputs.q.astype(np.float32) / (0.7 * case.softmax_scale * 576**0.5 * np.std(values))
-    changed = dataclasses.replace(changed, q=q.astype(cases.BFLOAT16))
+        return np.exp2(np.round(exponents) if powers else exponents).astype(np.float32)
+
+    changed = sparse_cases.with_scales(cases.build_sparse(case), scales)
     right_by_tiles(changed, launch(changed), or_nan=high > 256)
+
+
+@pytest.mark.parametrize("h_q", [16, 20, 64])
+@pytest.mark.parametrize("low,high", sparse_cases.V4_SCALES)
+def test_v4_scales_of_any_size(low, high, h_q):
+    case = SparseCase("scales", 2, 300, h_q, s_q=2, invalid=0.0, **FORMATS["v4"])
+    changed = sparse_cases.with_scales(cases.build_sparse(case), sparse_cases.v4_scales(low, high))
+    right_by_tiles(changed, launch(changed))
 
 
 @pytest.mark.parametrize("scale", [255.9, 256.0, 300.0, 65504.0, 1e10, 1e34, 3e38])

@@ -1,4 +1,4 @@
-// The launchers of decode over V3.2 caches for few rows.
+// The launchers of decode over FP8 caches for few rows.
 #pragma once
 
 #include "launch.h"

@@ -1,4 +1,4 @@
-// Decode for sm_90a over V3.2 caches for few rows: the products have tokens where other kernels
+// Decode for sm_90a over FP8 caches for few rows: the products have tokens where other kernels
 // have rows, and values are converted on their way from shared memory to the tensor cores.
 #pragma once
 

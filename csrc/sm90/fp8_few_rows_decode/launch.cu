@@ -6,21 +6,21 @@
 namespace flashmla::sm90::fp8_few_rows_decode {
 namespace {
 
-template <bool kSparse, int kTileRows, typename Params>
+template <CacheFormat kFormat, bool kSparse, int kTileRows, typename Params>
 Status launch_tiles(const Params& params, cudaStream_t stream) {
-  using P = Problem<kSparse, kTileRows>;
+  using P = Problem<kFormat, kSparse, kTileRows>;
   KernelParams<P> kp;
-  if (Status status = gathered_decode::fill_params<P>(params, params.format, &kp); !status.ok()) {
+  if (Status status = gathered_decode::fill_params<P>(params, kFormat, &kp); !status.ok()) {
     return status;
   }
   return launch_cta<P>(&fp8_few_rows_decode_kernel<P>, kp, stream);
 }
 
-template <bool kSparse, typename Params>
+template <CacheFormat kFormat, bool kSparse, typename Params>
 Status launch_kernel(const Params& params, cudaStream_t stream) {
   const int rows = partial::rows_of_slice(params);
-  if (rows <= 16) return launch_tiles<kSparse, 16>(params, stream);
-  return launch_tiles<kSparse, 32>(params, stream);
+  if (rows <= 16) return launch_tiles<kFormat, kSparse, 16>(params, stream);
+  return launch_tiles<kFormat, kSparse, 32>(params, stream);
 }
 
 }  // namespace
@@ -28,11 +28,14 @@ Status launch_kernel(const Params& params, cudaStream_t stream) {
 bool takes(const DecodeParams& params) { return partial::rows_of_slice(params) <= 32; }
 
 Status launch(const DenseDecodeParams& params, cudaStream_t stream) {
-  return launch_kernel<false>(params, stream);
+  return launch_kernel<CacheFormat::kFp8V32, false>(params, stream);
 }
 
 Status launch(const SparseDecodeParams& params, cudaStream_t stream) {
-  return launch_kernel<true>(params, stream);
+  if (params.format == CacheFormat::kFp8V4) {
+    return launch_kernel<CacheFormat::kFp8V4, true>(params, stream);
+  }
+  return launch_kernel<CacheFormat::kFp8V32, true>(params, stream);
 }
 
 }  // namespace flashmla::sm90::fp8_few_rows_decode

@@ -14,10 +14,9 @@
 
 namespace flashmla::sm90::fp8_few_rows_decode {
 
-// Of the rows that stand for eight tokens in an accumulator, which token `row` is. Neighbouring
-// rows are four tokens apart, so that eight lanes, which load four chunks of two rows, find them in
-// different banks.
-__device__ __forceinline__ int token_of_row(int row) { return (row & 1) * 4 + (row >> 1); }
+// Of the rows that stand for eight tokens in an accumulator, which token `row` is: so that sixteen
+// lanes, which load 32 bytes of four neighbouring rows, find them in different banks.
+__device__ __forceinline__ int token_of_row(int row) { return (row & 3) * 2 + (row >> 2); }
 
 // The type of converted values.
 template <bool kSimple>
@@ -72,6 +71,9 @@ __device__ __forceinline__ void convert_columns(uint32_t codes, float2 scales, u
 template <typename P>
 class MathGroup {
   using T = typename P::T;
+  using K = typename P::K;
+  static constexpr int kCodeTiles = P::kCodeTiles;
+  static constexpr int kGroups = P::kGroups;
   static constexpr int kTileRows = P::kTileRows;
   // Of the rows of a tile, those that a thread has to do with: two of every eight, 8 * j + 2 *
   // (lane % 4) + e at 2 * j + e.
@@ -132,10 +134,10 @@ class MathGroup {
   __device__ __forceinline__ void attend(int block) {
     const int number = to_number_ + block;
     const int stage = number % P::kStages;
-    const uint32_t tokens = ptx::smem_address(smem_.tokens[0]) + stage * kBlockBytes;
+    const uint32_t tokens = ptx::smem_address(smem_.tokens[0]) + stage * P::kBlockBytes;
     ptx::mbarrier_wait(&smem_.full[stage], number / P::kStages & 1);
-    float4 scales[2];
-    load_scales(tokens, scales);
+    TokenScales scales[2];
+    load_scales(tokens, stage, scales);
     float s[kAccumulators];
     // Here all warps are done with the last P, too.
     const bool simple = are_simple(scales);
@@ -155,13 +157,13 @@ class MathGroup {
 
   // --- scores -----------------------------------------------------------------------------------
 
-  // 64 columns of this thread's two tokens: of each the 16 bytes at 16 * (lane % 4).
+  // 32 columns of this thread's two tokens: of each the 8 bytes at 8 * (lane % 4).
   struct Raw {
-    uint4 token[2];
+    uint2 token[2];
   };
 
   __device__ __forceinline__ static Raw load_raw(uint32_t address) {
-    return {ptx::ld_shared_16(address), ptx::ld_shared_16(address + 8 * Token::kTokenBytes)};
+    return {ptx::ld_shared_8(address), ptx::ld_shared_8(address + 8 * K::kStride)};
   }
 
   // Operands from registers for two steps of a product. There are several: while the products with
@@ -180,25 +182,44 @@ class MathGroup {
   }
 
   __device__ __forceinline__ uint32_t own_token(uint32_t tokens) const {
-    return tokens + token(0) * Token::kTokenBytes;
+    return tokens + token(0) * K::kStride;
   }
 
-  __device__ __forceinline__ void load_scales(uint32_t tokens, float4 (&scales)[2]) const {
+  // The scales of a token: float32, or their exponents, a byte each.
+  using TokenScales = std::conditional_t<P::kHasScalesApart, uint2, uint4>;
+
+  // Of this thread's two tokens.
+  __device__ __forceinline__ void load_scales(uint32_t tokens, int stage,
+                                              TokenScales (&scales)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint4 bits =
-          ptx::ld_shared_16(own_token(tokens) + Token::kScalesOffset + h * 8 * Token::kTokenBytes);
-      scales[h] = reinterpret_cast<const float4&>(bits);
+      if constexpr (P::kHasScalesApart) {
+        const uint32_t odd = warp_ < 2 ? smem_.odd_scales[stage].x : smem_.odd_scales[stage].y;
+        scales[h] = ptx::ld_shared_8(ptx::smem_address(&smem_.token_scales[stage][token(h)]) +
+                                     (odd >> token(h) % 32 & 1) * 8);
+      } else {
+        scales[h] = ptx::ld_shared_16(own_token(tokens) + h * 8 * K::kStride + K::kScalesOffset);
+      }
     }
   }
 
+  __device__ __forceinline__ static float scale_of(const uint4& scales, int group) {
+    return __uint_as_float(word(scales, group));
+  }
+  // 2^(byte - 127): the exponent of a float32, but for 0, which is the one subnormal, and 255, NaN.
+  __device__ __forceinline__ static float scale_of(const uint2& scales, int group) {
+    const uint32_t exponent = __byte_perm(group < 4 ? scales.x : scales.y, 0, 0x4440 | group % 4)
+                              << 23;
+    return __uint_as_float(exponent == 0xff << 23 ? 0x7fffffff : max(exponent, 0x00400000u));
+  }
+
   // Whether all scales of a block are powers of two, or 0, and such that fp16 has all values.
-  __device__ __forceinline__ bool are_simple(const float4 (&scales)[2]) const {
+  __device__ __forceinline__ bool are_simple(const TokenScales (&scales)[2]) const {
     constexpr int kLeast = 127 - 15, kMost = 127 + 7;  // exponents of float32
     uint32_t most = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t bits = __float_as_uint(scale_of(scales[i / 4], i % 4));
+    for (int i = 0; i < 2 * kGroups; ++i) {
+      const uint32_t bits = __float_as_uint(scale_of(scales[i / kGroups], i % kGroups));
       // Exponent in the low bits, what must be 0 in the high ones.
       const uint32_t x = bits - (kLeast << 23);
       most = max(most, bits == 0 ? 0 : __funnelshift_r(x, x, 23));
@@ -208,12 +229,12 @@ class MathGroup {
 
   // S = K Q^T. Leaves the scales for the values.
   template <bool kSimple>
-  __device__ __forceinline__ void scores(uint32_t tokens, const float4 (&scales)[2],
+  __device__ __forceinline__ void scores(uint32_t tokens, const TokenScales (&scales)[2],
                                          float (&s)[kAccumulators]) {
-    const uint32_t chunks = own_token(tokens) + lane_ % 4 * 16;
+    const uint32_t chunks = own_token(tokens) + lane_ % 4 * 8;
     const uint32_t q = ptx::smem_address(kSimple ? smem_.simple_q[0] : smem_.q[0]);
     Operand a[kOperands];
-    rope_scores(chunks, q + kLatentTiles * SharedStorage<P>::kTileBytes, a, s);
+    rope_scores(chunks, q + kCodeTiles * SharedStorage<P>::kTileBytes, a, s);
     Factor<kSimple> factors[2][kGroups];
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) {
@@ -222,26 +243,20 @@ class MathGroup {
     leave_scales<kSimple>(scales);
     Raw raw = load_raw(chunks);
 #pragma unroll
-    for (int tile = 0; tile < kLatentTiles; ++tile) {
+    for (int half = 0; half < 2 * kCodeTiles; ++half) {
       const Raw now = raw;
-      if (tile + 1 < kLatentTiles) raw = load_raw(chunks + (tile + 1) * 64);
+      if (half + 1 < 2 * kCodeTiles) raw = load_raw(chunks + (half + 1) * 32);
+      // The first two are of the RoPE columns.
+      Operand& operand = a[(half + 2) % kOperands];
+      if (half + 2 >= kOperands) wait_for(operand);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        // The first two are of the RoPE columns.
-        const int number = 2 * tile + i + 2;
-        Operand& operand = a[number % kOperands];
-        if (number >= kOperands) wait_for(operand);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-#pragma unroll
-          for (int step = 0; step < 2; ++step) {
-            factors[h][tile / 2].convert(word(now.token[h], 2 * i + step), operand[step][h],
-                                         operand[step][h + 2]);
-          }
-        }
-        issue_scores<Element<kSimple>>(operand, q + tile * SharedStorage<P>::kTileBytes + 64 * i, s,
-                                       true);
+      for (int h = 0; h < 2; ++h) {
+        const auto& factor = factors[h][half / 2 / K::kTilesOfGroup];
+        factor.convert(now.token[h].x, operand[0][h], operand[0][h + 2]);
+        factor.convert(now.token[h].y, operand[1][h], operand[1][h + 2]);
       }
+      issue_scores<Element<kSimple>>(
+          operand, q + half / 2 * SharedStorage<P>::kTileBytes + half % 2 * 64, s, true);
     }
     wait_for_all(a);
     wgmma::hold(s);
@@ -253,14 +268,14 @@ class MathGroup {
   }
 
   // `q`: the RoPE columns of the queries.
-  __device__ __forceinline__ static void rope_scores(uint32_t chunks, uint32_t q,
-                                                     Operand (&a)[kOperands],
-                                                     float (&s)[kAccumulators]) {
+  __device__ __forceinline__ void rope_scores(uint32_t chunks, uint32_t q, Operand (&a)[kOperands],
+                                              float (&s)[kAccumulators]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Raw raw = load_raw(chunks + Token::kRopeOffset + 64 * i);
-      const uint4& x = raw.token[0];
-      const uint4& y = raw.token[1];
+      // Of 32 columns the 8 at 8 * (lane % 4).
+      const uint32_t columns = chunks + lane_ % 4 * 8 + K::kRopeOffset + 64 * i;
+      const uint4 x = ptx::ld_shared_16(columns);
+      const uint4 y = ptx::ld_shared_16(columns + 8 * K::kStride);
       set(a[i][0], x.x, y.x, x.y, y.y);
       set(a[i][1], x.z, y.z, x.w, y.w);
     }
@@ -268,20 +283,25 @@ class MathGroup {
     for (int i = 0; i < 2; ++i) issue_scores<T>(a[i], q + 64 * i, s, i > 0);
   }
 
-  // Writes the scales as the values need them: of each group, for each q = lane % 4, those of
-  // tokens 8 * m + {0, 4} + q.
+  // Writes the scales as the values need them: of each group, for each q = lane % 4, those of rows
+  // 8 * m + 2 * q + {0, 1}.
   template <bool kSimple>
-  __device__ __forceinline__ void leave_scales(const float4 (&scales)[2]) const {
-    const int group = lane_ % 4;  // of the four lanes that have the same tokens
-    const int row = lane_ / 4;    // and are they in the order of tokens 4 * (row % 2) + row / 2
+  __device__ __forceinline__ void leave_scales(const TokenScales (&scales)[2]) const {
+    const int row = lane_ / 4;
+    // The four lanes that have the same tokens take turns.
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float scale = scale_of(scales[h], group);
-      const int place = ((group * 4 + row / 2) * 8 + 2 * warp_ + h) * 2 + row % 2;
-      if constexpr (kSimple) {
-        reinterpret_cast<__half*>(smem_.scales[group_])[place] = __float2half_rn(scale);
-      } else {
-        smem_.scales[group_][place] = scale;
+    for (int turn = 0; turn < kGroups; turn += 4) {
+      const int group = turn + lane_ % 4;
+      if (kGroups % 4 != 0 && group >= kGroups) break;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float scale = scale_of(scales[h], group);
+        const int place = ((group * 4 + row / 2) * 8 + 2 * warp_ + h) * 2 + row % 2;
+        if constexpr (kSimple) {
+          reinterpret_cast<__half*>(smem_.scales[group_])[place] = __float2half_rn(scale);
+        } else {
+          smem_.scales[group_][place] = scale;
+        }
       }
     }
   }
@@ -313,10 +333,6 @@ class MathGroup {
   __device__ __forceinline__ static void hold(Operand& a) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
-  }
-
-  __device__ __forceinline__ static float scale_of(const float4& scales, int group) {
-    return group == 0 ? scales.x : group == 1 ? scales.y : group == 2 ? scales.z : scales.w;
   }
 
   // --- softmax ----------------------------------------------------------------------------------
@@ -404,26 +420,26 @@ class MathGroup {
       sum_[r] += s[i];
     }
     if (simple) {
-      store_p<__half>(s);
+      store_p<__half>(p_address(0), s);
+      if constexpr (K::kRopeIsValue) store_p<T>(p_address(1), s);
     } else {
-      store_p<T>(s);
+      store_p<T>(p_address(0), s);
     }
     ptx::fence_proxy_async();
     barrier_of_group();
   }
 
-  __device__ __forceinline__ uint32_t p_address() const {
-    return ptx::smem_address(smem_.p[0]) + group_ * static_cast<int>(sizeof(smem_.p[0]));
+  __device__ __forceinline__ uint32_t p_address(int i) const {
+    return ptx::smem_address(smem_.p[0][i]) + group_ * static_cast<int>(sizeof(smem_.p[0]));
   }
 
   template <typename Element>
-  __device__ __forceinline__ void store_p(const float (&s)[kAccumulators]) const {
+  __device__ __forceinline__ void store_p(uint32_t p, const float (&s)[kAccumulators]) const {
     // Matrix m of a store: rows 8 * (m / 2) and up of the tile, tokens 8 * (m % 2) and up of the
     // warp.
     const int row_in_tile = lane_ / 16 * 8 + lane_ % 8;
     const int chunk = 2 * warp_ + lane_ / 8 % 2;
-    const uint32_t place =
-        p_address() + row_in_tile * kRowBytes + ((chunk ^ (row_in_tile & 7)) << 4);
+    const uint32_t place = p + row_in_tile * kRowBytes + ((chunk ^ (row_in_tile & 7)) << 4);
 #pragma unroll
     for (int pair = 0; pair < kTileRows / 16; ++pair) {
       uint32_t x[4];
@@ -463,7 +479,7 @@ class MathGroup {
       if (warp_ == 0 && lane_ < 4) smem_.maxima[group_][row(i)] = x;
       sum_[i] *= factor;
 #pragma unroll
-      for (int tile = 0; tile < kLatentTiles; ++tile) {
+      for (int tile = 0; tile < kValueTiles; ++tile) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) out_[tile][i / 2 * 4 + 2 * h + i % 2] *= factor;
       }
@@ -478,8 +494,8 @@ class MathGroup {
   template <bool kSimple>
   __device__ __forceinline__ void values(uint32_t tokens, int stage) {
     const uint32_t columns =
-        tokens + (lane_ / 8 * 8 + token_of_row(lane_ % 8)) * Token::kTokenBytes + warp_ * 16;
-    const uint64_t p = wgmma::k_major(p_address(), kGroupBytes);
+        tokens + (lane_ / 8 * 8 + token_of_row(lane_ % 8)) * K::kStride + warp_ * 16;
+    const uint64_t p = wgmma::k_major(p_address(0), kGroupBytes);
     using Scales = std::conditional_t<kSimple, __half2, float2>;  // of two tokens
     const uint32_t scales = ptx::smem_address(smem_.scales[0]) +
                             group_ * static_cast<int>(sizeof(smem_.scales[0])) +
@@ -488,20 +504,20 @@ class MathGroup {
     Operand a[kOperands];
     ptx::ldmatrix_x4_trans(columns, raw);
 #pragma unroll
-    for (int part = 0; part < 2 * kLatentTiles; ++part) {
+    for (int part = 0; part < 2 * kCodeTiles; ++part) {
       const int tile = part / 2, half = part % 2;
       const uint32_t now[4] = {raw[0], raw[1], raw[2], raw[3]};
       Scales scale[4];
-      load_scales(scales + (tile / 2 * 32 + 4 * half) * sizeof(Scales), scale);
+      load_scales(scales + (tile / K::kTilesOfGroup * 32 + 4 * half) * sizeof(Scales), scale);
       Operand& operand = a[part % kOperands];
       if (part >= kOperands) wait_for(operand);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         convert_columns(now[m], scale[m], operand[m / 2][m % 2 * 2], operand[m / 2][m % 2 * 2 + 1]);
       }
-      if (const int next = part + 1; next < 2 * kLatentTiles) {
-        ptx::ldmatrix_x4_trans(columns + next / 2 * 64 + next % 2 * 32 * Token::kTokenBytes, raw);
-      } else {
+      if (const int next = part + 1; next < 2 * kCodeTiles) {
+        ptx::ldmatrix_x4_trans(columns + next / 2 * 64 + next % 2 * 32 * K::kStride, raw);
+      } else if (!K::kRopeIsValue) {
         release(stage);
       }
       wgmma::fence();
@@ -512,9 +528,56 @@ class MathGroup {
       }
       wgmma::commit();
     }
+    if constexpr (K::kRopeIsValue) rope_values(tokens, stage, p_address(kSimple ? 1 : 0), a);
     wait_for_all(a);
 #pragma unroll
-    for (int tile = 0; tile < kLatentTiles; ++tile) wgmma::hold(out_[tile]);
+    for (int tile = 0; tile < kValueTiles; ++tile) wgmma::hold(out_[tile]);
+  }
+
+  // The RoPE columns, as they are: unlike above the first 8 rows of an accumulator are a warp's
+  // first 8 columns. `p_address`: P of their type.
+  __device__ __forceinline__ void rope_values(uint32_t tokens, int stage, uint32_t p_address,
+                                              Operand (&a)[kOperands]) {
+    const uint32_t columns = tokens + (lane_ / 16 * 8 + token_of_row(lane_ % 8)) * K::kStride +
+                             K::kRopeOffset + warp_ * 32 + lane_ / 8 % 2 * 16;
+    const uint64_t p = wgmma::k_major(p_address, kGroupBytes);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Operand& operand = a[(2 * kCodeTiles + half) % kOperands];
+      wait_for(operand);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        ptx::ldmatrix_x4_trans(columns + (32 * half + 16 * step) * K::kStride, operand[step]);
+      }
+      if (half == 1) release(stage);
+      wgmma::fence();
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        wgmma::narrow_rs(T{}, out_[kCodeTiles], operand[step],
+                         p + wgmma::distance(64 * half + 32 * step), true);
+      }
+      wgmma::commit();
+    }
+  }
+
+  // Of the RoPE columns, too, makes the first rows even columns and the others odd ones.
+  __device__ __forceinline__ void interleave_rope() {
+    const bool first_half = lane_ < 16;
+    const int even = lane_ / 4 % 4 * 8 + lane_ % 4;  // the lane that has the even column, of 8
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      float& x = out_[kCodeTiles][i / 2 * 4 + i % 2];
+      float& y = out_[kCodeTiles][i / 2 * 4 + i % 2 + 2];
+      float columns[2];
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const float of_first = __shfl_sync(0xffffffff, x, even + 4 * odd);
+        const float of_second = __shfl_sync(0xffffffff, y, even + 4 * odd);
+        columns[odd] = first_half ? of_first : of_second;
+      }
+      x = columns[0];
+      y = columns[1];
+    }
   }
 
   __device__ __forceinline__ static void load_scales(uint32_t address, __half2 (&scales)[4]) {
@@ -534,17 +597,16 @@ class MathGroup {
     }
   }
 
-  __device__ __forceinline__ void release(int stage) {
-    __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(&smem_.empty[stage]);
-  }
+  // All threads arrive: a lane for its warp would do, but racecheck sees only that the one who
+  // arrives has read what it has.
+  __device__ __forceinline__ void release(int stage) { ptx::mbarrier_arrive(&smem_.empty[stage]); }
 
   // --- piece ------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void begin_piece(const schedule::Piece& piece) {
     prepare_queries(piece);
 #pragma unroll
-    for (int tile = 0; tile < kLatentTiles; ++tile) {
+    for (int tile = 0; tile < kValueTiles; ++tile) {
 #pragma unroll
       for (int i = 0; i < kAccumulators; ++i) out_[tile][i] = 0.f;
     }
@@ -564,7 +626,8 @@ class MathGroup {
   // its end.
   __device__ __forceinline__ void prepare_queries(const schedule::Piece& piece) {
     constexpr int kRowsAtOnce = 2;
-    constexpr int kChunks = P::S::kDim / 8;  // of 16 bytes
+    constexpr int kChunks = K::kDim / 8;  // of 16 bytes
+    constexpr int kCodeChunks = kCodeTiles * kTileColumns / 8;
     const int64_t first_row =
         (static_cast<int64_t>(piece.request) * kp_.p.slices + smem_.place.slice) * kp_.rows;
 #pragma unroll 1
@@ -578,8 +641,8 @@ class MathGroup {
         const bool exists = first + i < kp_.rows;
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
-          const bool loads = exists && (k < 2 || lane_ < kChunks - 64);
-          x[i][k] = loads ? source[32 * k + lane_] : uint4{0, 0, 0, 0};
+          const int chunk = 32 * k + lane_;
+          x[i][k] = exists && chunk < kChunks ? source[chunk] : uint4{0, 0, 0, 0};
         }
       }
 #pragma unroll
@@ -590,9 +653,16 @@ class MathGroup {
         // As fp16 the largest of a row lies in [2^14, 2^15), but none is made more than 2^40 times
         // as large. RoPE columns that are 2^32 times as large count too, lest they become infinite.
         // Exponents of float32.
-        const uint32_t latent_most =
-            __reduce_max_sync(0xffffffff, max(largest(x[i][0]), largest(x[i][1])));
-        const uint32_t rope_most = __reduce_max_sync(0xffffffff, largest(x[i][2]));
+        uint32_t latent_most = 0, rope_most = 0;
+#pragma unroll
+        for (int k = 0; k < 3; ++k) {
+          const uint32_t most = largest(x[i][k]);
+          const bool is_latent = 32 * k + lane_ < kCodeChunks;
+          latent_most = max(latent_most, is_latent ? most : 0);
+          rope_most = max(rope_most, is_latent ? 0 : most);
+        }
+        latent_most = __reduce_max_sync(0xffffffff, latent_most);
+        rope_most = __reduce_max_sync(0xffffffff, rope_most);
         const int exponent =
             max(max(static_cast<int>(latent_most >> 7), static_cast<int>(rope_most >> 7) - 32),
                 127 + 14 - 40);
@@ -602,20 +672,14 @@ class MathGroup {
               max(latent_most, rope_most) >= 0x7f80 ? NAN : __uint_as_float((exponent - 14) << 23);
         }
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          // Of 64 columns those of a lane of the keys are 16 side by side, of each step four.
+        for (int k = 0; k < 3; ++k) {
           const int chunk = 32 * k + lane_;
+          if (chunk >= kChunks) break;
           const uint32_t tile = chunk / 8 * SharedStorage<P>::kTileBytes;
-          const int step = chunk % 2 * 2, q = chunk / 2 % 4;
-          store_pairs(x[i][k], tile_row + tile, row, step, q);
-          store_pairs(scaled<__half>(x[i][k], factor), simple_row + tile, row, step, q);
-        }
-        if (lane_ < kChunks - 64) {
-          // Two times 8 side by side, of each step four.
-          constexpr uint32_t kTile = kLatentTiles * SharedStorage<P>::kTileBytes;
-          const int step = lane_ / 4 * 2, q = lane_ % 4;
-          store_pairs(x[i][2], tile_row + kTile, row, step, q);
-          store_pairs(scaled<T>(x[i][2], factor), simple_row + kTile, row, step, q);
+          const uint4 simple =
+              chunk < kCodeChunks ? scaled<__half>(x[i][k], factor) : scaled<T>(x[i][k], factor);
+          store_chunk(x[i][k], tile_row + tile, row, chunk % 8);
+          store_chunk(simple, simple_row + tile, row, chunk % 8);
         }
       }
     }
@@ -630,15 +694,16 @@ class MathGroup {
             scaled_pair<To>(x.z, factor), scaled_pair<To>(x.w, factor)};
   }
 
-  // Stores 8 columns at the places in `row` of a tile where the products look for what lanes with
-  // `q` = lane % 4 have of the keys in two steps: pairs at 16 * step + {0, 8} + 2 * q.
-  __device__ __forceinline__ static void store_pairs(const uint4& x, uint32_t tile_row, int row,
-                                                     int step, int q) {
+  // Stores 8 columns of a tile where the products look for what lanes with q = lane % 4 have of the
+  // keys: of 32 columns 8 side by side, in each of two steps four, as pairs at 16 * step + {0, 8} +
+  // 2 * q.
+  __device__ __forceinline__ static void store_chunk(const uint4& x, uint32_t tile_row, int row,
+                                                     int chunk) {
     const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int chunk = 2 * (step + i / 2) + i % 2;
-      ptx::st_shared_4(tile_row + ((chunk ^ (row & 7)) << 4) + 4 * q, pairs[i]);
+      const int place = chunk / 4 * 4 + i;
+      ptx::st_shared_4(tile_row + ((place ^ (row & 7)) << 4) + chunk % 4 * 4, pairs[i]);
     }
   }
 
@@ -652,6 +717,7 @@ class MathGroup {
       }
       if (lane_ < 4) smem_.sums[group_][warp_][row(i)] = sum_[i];
     }
+    if constexpr (K::kRopeIsValue) interleave_rope();
     barrier_of_groups();  // The queries, whose place is taken now, have been read.
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
@@ -660,8 +726,12 @@ class MathGroup {
       if (half == 0 ? group_ > 0 : group_ > 1) swap_halves();
       if (group_ != half) leave_half(group_ < half ? group_ : group_ - 1);
       barrier_of_groups();
-      if (group_ == half) add_halves();
-      barrier_of_groups();  // The other half, or other queries, come to the same place.
+      if (group_ == half) {
+        add_halves();
+        ptx::mbarrier_arrive(&smem_.taken);
+      }
+      // The other half, or other queries, come to the same place.
+      ptx::mbarrier_wait(&smem_.taken, half);
     }
     if (group_ >= 2) return;
     if (piece.slot >= 0) {
@@ -821,7 +891,7 @@ class MathGroup {
   int lane_;
   int warp_;
 
-  float out_[kLatentTiles][kAccumulators];
+  float out_[kValueTiles][kAccumulators];
   float sum_[kThreadRows];  // of this thread's tokens of this warpgroup's blocks
   int to_number_ = 0;       // from a block of the piece to its number in the part
 };

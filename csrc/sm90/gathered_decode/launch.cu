@@ -33,6 +33,9 @@ Status launch_sparse_decode_sm90(const SparseDecodeParams& params, cudaStream_t 
       }
       return impl::launch<__nv_bfloat16, 576, true, CacheFormat::kFp8V32>(params, stream);
     case CacheFormat::kFp8V4:
+      if (sm90::fp8_few_rows_decode::takes(params)) {
+        return sm90::fp8_few_rows_decode::launch(params, stream);
+      }
       return impl::launch<__nv_bfloat16, 512, true, CacheFormat::kFp8V4>(params, stream);
     case CacheFormat::kPlain:
       return params.dtype == DataType::kFloat16 ? launch_plain<__half>(params, stream)

@@ -77,10 +77,9 @@ class TokenFinder {
   struct Tokens {
     const uint8_t* token[kLaneTokens];
     int to_scales[kLaneTokens];
-    // Dense: how many tokens of this warp lie side by side from this one on.
-    int side_by_side[kLaneTokens];
-    bool begins_run[kLaneTokens];  // it is the first one of these
-    bool exists[kLaneTokens];
+    // How many there are to copy from here: if dense, as many of this warp as lie side by side from
+    // this one on, and none at the others of these.
+    int count[kLaneTokens];
 
     __device__ __forceinline__ void set_zeros() {
 #pragma unroll
@@ -110,6 +109,13 @@ class TokenFinder {
     }
   }
 
+  // Of a lane's token i whether `value`, as a bit for each token of the warp.
+  __device__ __forceinline__ static uint32_t bits_of_tokens(bool value, int i) {
+    // One bit of every eight, side by side.
+    const uint32_t four = __ballot_sync(kAllLanes, value) & 0x01010101;
+    return (four * 0x10204080 >> 28) << 4 * i;
+  }
+
   // Finds the tokens of a block. Returns what is to be said of it: a bit for each token of this
   // warp that exists, or if dense, whether one is in a page that is no page of the cache.
   __device__ __forceinline__ uint32_t find(const GatheredBlock& block, Entries& entries,
@@ -128,9 +134,8 @@ class TokenFinder {
       bool exists;
       if constexpr (P::kSparse) {
         exists = static_cast<uint32_t>(slot) < slots;
-        // One bit of every eight, side by side.
-        const uint32_t four = __ballot_sync(kAllLanes, exists) & 0x01010101;
-        mark |= (four * 0x10204080 >> 28) << 4 * i;
+        mark |= bits_of_tokens(exists, i);
+        tokens.count[i] = 1;
       } else {
         const int token = token_of_block(i);
         exists = static_cast<uint32_t>(slot) < static_cast<uint32_t>(kp_.p.num_pages);
@@ -138,11 +143,12 @@ class TokenFinder {
         const int position = block.position + token;
         const int offset = position - page_size.quotient(position) * page_size.divisor;
         slot = slot * page_size.divisor + offset;
-        tokens.side_by_side[i] = min(min(page_size.divisor - offset, block.count - token),
-                                     first_token_ + kWarpTokens - token);
-        tokens.begins_run[i] = offset == 0 || token == first_token_;
+        const bool begins = offset == 0 || token == first_token_;
+        tokens.count[i] = !exists  ? 1
+                          : begins ? min(min(page_size.divisor - offset, block.count - token),
+                                         first_token_ + kWarpTokens - token)
+                                   : 0;
       }
-      tokens.exists[i] = exists;
       slot = exists ? slot : 0;
       const uint8_t* token;
       int to_scales = 0;
