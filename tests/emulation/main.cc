@@ -120,11 +120,12 @@ Status launch(const DenseDecodeParams& p) {
   return p.fp8_matmul ? sm90::fp8_matmul_decode::launch(p, nullptr)
                       : sm90::fp8_few_rows_decode::launch(p, nullptr);
 }
+// Few rows over FP8 caches go through their kernel, which the library does not do if sparse.
 Status launch(const SparseDecodeParams& p) {
   if (p.format == CacheFormat::kPlain) {
     return sm90::gathered_decode::launch<__nv_bfloat16, 576, true, CacheFormat::kPlain>(p, nullptr);
   }
-  if (p.format == CacheFormat::kFp8V4) {
+  if (p.format == CacheFormat::kFp8V4 && !sm90::fp8_few_rows_decode::takes(p)) {
     return sm90::gathered_decode::launch<__nv_bfloat16, 512, true, CacheFormat::kFp8V4>(p, nullptr);
   }
   return p.fp8_matmul ? sm90::fp8_matmul_decode::launch(p, nullptr)
