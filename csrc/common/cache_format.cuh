@@ -274,14 +274,12 @@ struct Fp8;
 
 template <>
 struct Fp8<CacheFormat::kFp8V32> : fp8_formats::V32 {
-  static constexpr int kTile = 128;
   static constexpr int kScaleBytes = 4;
   static constexpr int kRopeAt = kRopeOffset;
 };
 
 template <>
 struct Fp8<CacheFormat::kFp8V4> : fp8_formats::V4 {
-  static constexpr int kTile = 64;
   static constexpr int kScaleBytes = 1;
   static constexpr int kRopeAt = kRopeOffset;
 };

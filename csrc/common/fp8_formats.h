@@ -10,6 +10,7 @@ constexpr int kRopeBytes = 64 * 2;
 // A row: e4m3 latent, float32 scales, bfloat16 RoPE.
 struct V32 {
   static constexpr int kLatent = 512;
+  static constexpr int kTile = 128;  // columns that share a scale
   static constexpr int kScalesOffset = kLatent;
   static constexpr int kRopeOffset = kScalesOffset + 4 * 4;
   static constexpr int kTokenBytes = kRopeOffset + kRopeBytes;
@@ -19,6 +20,7 @@ static_assert(V32::kTokenBytes == 656);
 // In a page first e4m3 latent and bfloat16 RoPE of all tokens, then e8m0 scales of all.
 struct V4 {
   static constexpr int kLatent = 448;
+  static constexpr int kTile = 64;
   static constexpr int kRopeOffset = kLatent;
   static constexpr int kTokenBytes = kRopeOffset + kRopeBytes;
   static constexpr int kTokenScaleBytes = 8;  // 7, and one of padding

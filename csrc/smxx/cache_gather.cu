@@ -2,6 +2,7 @@
 // of the result. A warp takes a token, in chunks of 8 elements as cache_append.cu.
 #include "common/cache_format.cuh"
 #include "common/dependent_launch.cuh"
+#include "common/e8m0.cuh"
 #include "common/ptx.cuh"
 #include "launch.h"
 
@@ -10,15 +11,13 @@ namespace {
 
 using namespace cache_format;
 
-// The scale of a tile; e8m0 is 2^(code - 127), and 255 is NaN.
+// The scale of a tile.
 template <CacheFormat kFormat>
 __device__ __forceinline__ float load_scale(const uint8_t* scales, int tile) {
   if constexpr (kFormat == CacheFormat::kFp8V32) {
     return reinterpret_cast<const float*>(scales)[tile];
   } else {
-    const uint32_t code = scales[tile];
-    const uint32_t bits = code == 0 ? 0x400000 : code << 23;
-    return __uint_as_float(code == 255 ? 0x7FC00000 : bits);
+    return e8m0_to_float(scales[tile]);
   }
 }
 

@@ -9,51 +9,27 @@ namespace flashmla::sm90::fp8_few_rows_decode {
 
 using namespace decode;
 
-// A token in shared memory: kTokenBytes as they lie in the cache, kStride bytes apart, and
-// kScaleBytes elsewhere. The stride is an odd number of 16 bytes, so that the same chunk of eight
-// neighbouring tokens is in different banks. Codes come in tiles of 64 columns, kTilesOfGroup of
-// which share a scale.
-template <CacheFormat kFormat>
-struct Keys;
-
-// The scales lie between codes and RoPE columns.
-template <>
-struct Keys<CacheFormat::kFp8V32> : fp8_formats::V32 {
-  static constexpr int kDim = 576;
-  static constexpr int kTilesOfGroup = 2;
-  static constexpr int kStride = kTokenBytes;
-  static constexpr int kScaleBytes = 0;
-  static constexpr bool kRopeIsValue = false;
-};
-
-// The scales lie elsewhere, 8 bytes a token. The copy engine takes 16, those of a neighbour among
-// them.
-template <>
-struct Keys<CacheFormat::kFp8V4> : fp8_formats::V4 {
-  static constexpr int kDim = 512;
-  static constexpr int kTilesOfGroup = 1;
-  static constexpr int kStride = kTokenBytes + 16;
-  static constexpr bool kRopeIsValue = true;
-  static constexpr int kScaleBytes = 16;
-};
-
-constexpr int kTileColumns = 64;
-constexpr int kValueTiles = 8;  // of 64 columns
-constexpr int kHalfTiles = kValueTiles / 2;
-
 // An attention problem as the kernels see it, with up to kTileRows rows: 16 or 32.
 template <CacheFormat kFormat_, bool kSparse_, int kTileRows_>
 struct Problem {
   using T = __nv_bfloat16;
   static constexpr CacheFormat kFormat = kFormat_;
-  using K = Keys<kFormat>;
-  using S = Shape<K::kDim, 512>;
+  // A token in the cache, of V4 without its scales, which lie elsewhere in the page.
   static constexpr bool kHasScalesApart = kFormat == CacheFormat::kFp8V4;
-  static constexpr int kCodeTiles = K::kLatent / kTileColumns;
-  static constexpr int kGroups = kCodeTiles / K::kTilesOfGroup;
-  static constexpr int kBlockBytes = kTokens * K::kStride;
-  static_assert(K::kStride / 16 % 2 == 1);
-  static_assert(K::kRopeIsValue == kCodeTiles < kValueTiles);
+  using K = std::conditional_t<kHasScalesApart, fp8_formats::V4, fp8_formats::V32>;
+  using S = Shape<K::kLatent + fp8_formats::kRopeBytes / 2, 512>;
+  // Codes come in tiles of 64 columns, one or two of which share a scale.
+  static constexpr int kCodeTiles = K::kLatent / kSubTileColumns;
+  static constexpr int kTilesOfGroup = K::kTile / kSubTileColumns;
+  static constexpr int kGroups = kCodeTiles / kTilesOfGroup;
+  static constexpr bool kRopeIsValue = kCodeTiles < S::kValueTiles;
+  // From token to token in shared memory: an odd number of 16 bytes, so that the same chunk of
+  // eight neighbouring tokens is in different banks.
+  static constexpr int kStride = (K::kTokenBytes / 16 | 1) * 16;
+  static constexpr int kBlockBytes = kTokens * kStride;
+  // What is copied beside a token: 8 bytes of scales, with 8 more, since the copy engine takes 16.
+  static constexpr int kScaleBytes = kHasScalesApart ? 16 : 0;
+
   static constexpr bool kSparse = kSparse_;
   static constexpr int kTileRows = kTileRows_;
   using Params = std::conditional_t<kSparse, SparseDecodeParams, DenseDecodeParams>;

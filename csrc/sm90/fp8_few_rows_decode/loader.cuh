@@ -20,7 +20,7 @@ class Loader : TokenFinder<P, P::kFormat> {
   using Base::warp_;
   using typename Base::Tokens;
   static constexpr int kTokenBytes = K::kTokenBytes;
-  static constexpr int kTokenCopyBytes = kTokenBytes + K::kScaleBytes;
+  static constexpr int kTokenCopyBytes = kTokenBytes + P::kScaleBytes;
 
  public:
   using Base::Base;
@@ -79,16 +79,16 @@ class Loader : TokenFinder<P, P::kFormat> {
     if (lane_ % 8 != 0) return;
     uint64_t* full = &smem_.full[stage];
     const int first = first_token_ + lane_ / 8;
-    const uint32_t place = ptx::smem_address(smem_.tokens[stage]) + first * K::kStride;
-    static_assert(P::kSparse || K::kStride == kTokenBytes);
+    const uint32_t place = ptx::smem_address(smem_.tokens[stage]) + first * P::kStride;
+    static_assert(P::kSparse || P::kStride == kTokenBytes);
 #pragma unroll
     for (int i = 0; i < kLaneTokens; ++i) {
       if (tokens.count[i] == 0) continue;
-      ptx::bulk_load(place + 4 * i * K::kStride, tokens.token[i], tokens.count[i] * kTokenBytes,
+      ptx::bulk_load(place + 4 * i * P::kStride, tokens.token[i], tokens.count[i] * kTokenBytes,
                      full, policy_);
       if constexpr (P::kHasScalesApart) {
         ptx::bulk_load(ptx::smem_address(&smem_.token_scales[stage][first + 4 * i]),
-                       tokens.token[i] + (tokens.to_scales[i] & ~8), K::kScaleBytes, full, policy_);
+                       tokens.token[i] + (tokens.to_scales[i] & ~8), P::kScaleBytes, full, policy_);
       }
     }
   }

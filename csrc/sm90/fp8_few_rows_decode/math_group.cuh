@@ -8,6 +8,7 @@
 // each has a maximum, sums and results of its own, which are added up at its end.
 #pragma once
 
+#include "common/e8m0.cuh"
 #include "sm90/decode/bfloat16_rows.cuh"
 #include "sm90/fp8_few_rows_decode/storage.cuh"
 #include "sm90/gathered_decode/format.cuh"
@@ -73,6 +74,8 @@ class MathGroup {
   using T = typename P::T;
   using K = typename P::K;
   static constexpr int kCodeTiles = P::kCodeTiles;
+  static constexpr int kValueTiles = P::S::kValueTiles;
+  static constexpr int kHalfTiles = P::S::kHalfTiles;
   static constexpr int kGroups = P::kGroups;
   static constexpr int kTileRows = P::kTileRows;
   // Of the rows of a tile, those that a thread has to do with: two of every eight, 8 * j + 2 *
@@ -163,7 +166,7 @@ class MathGroup {
   };
 
   __device__ __forceinline__ static Raw load_raw(uint32_t address) {
-    return {ptx::ld_shared_8(address), ptx::ld_shared_8(address + 8 * K::kStride)};
+    return {ptx::ld_shared_8(address), ptx::ld_shared_8(address + 8 * P::kStride)};
   }
 
   // Operands from registers for two steps of a product. There are several: while the products with
@@ -182,7 +185,7 @@ class MathGroup {
   }
 
   __device__ __forceinline__ uint32_t own_token(uint32_t tokens) const {
-    return tokens + token(0) * K::kStride;
+    return tokens + token(0) * P::kStride;
   }
 
   // The scales of a token: float32, or their exponents, a byte each.
@@ -198,7 +201,7 @@ class MathGroup {
         scales[h] = ptx::ld_shared_8(ptx::smem_address(&smem_.token_scales[stage][token(h)]) +
                                      (odd >> token(h) % 32 & 1) * 8);
       } else {
-        scales[h] = ptx::ld_shared_16(own_token(tokens) + h * 8 * K::kStride + K::kScalesOffset);
+        scales[h] = ptx::ld_shared_16(own_token(tokens) + h * 8 * P::kStride + K::kScalesOffset);
       }
     }
   }
@@ -206,11 +209,8 @@ class MathGroup {
   __device__ __forceinline__ static float scale_of(const uint4& scales, int group) {
     return __uint_as_float(word(scales, group));
   }
-  // 2^(byte - 127): the exponent of a float32, but for 0, which is the one subnormal, and 255, NaN.
   __device__ __forceinline__ static float scale_of(const uint2& scales, int group) {
-    const uint32_t exponent = __byte_perm(group < 4 ? scales.x : scales.y, 0, 0x4440 | group % 4)
-                              << 23;
-    return __uint_as_float(exponent == 0xff << 23 ? 0x7fffffff : max(exponent, 0x00400000u));
+    return e8m0_to_float(__byte_perm(group < 4 ? scales.x : scales.y, 0, 0x4440 | group % 4));
   }
 
   // Whether all scales of a block are powers of two, or 0, and such that fp16 has all values.
@@ -251,7 +251,7 @@ class MathGroup {
       if (half + 2 >= kOperands) wait_for(operand);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const auto& factor = factors[h][half / 2 / K::kTilesOfGroup];
+        const auto& factor = factors[h][half / 2 / P::kTilesOfGroup];
         factor.convert(now.token[h].x, operand[0][h], operand[0][h + 2]);
         factor.convert(now.token[h].y, operand[1][h], operand[1][h + 2]);
       }
@@ -275,7 +275,7 @@ class MathGroup {
       // Of 32 columns the 8 at 8 * (lane % 4).
       const uint32_t columns = chunks + lane_ % 4 * 8 + K::kRopeOffset + 64 * i;
       const uint4 x = ptx::ld_shared_16(columns);
-      const uint4 y = ptx::ld_shared_16(columns + 8 * K::kStride);
+      const uint4 y = ptx::ld_shared_16(columns + 8 * P::kStride);
       set(a[i][0], x.x, y.x, x.y, y.y);
       set(a[i][1], x.z, y.z, x.w, y.w);
     }
@@ -421,7 +421,7 @@ class MathGroup {
     }
     if (simple) {
       store_p<__half>(p_address(0), s);
-      if constexpr (K::kRopeIsValue) store_p<T>(p_address(1), s);
+      if constexpr (P::kRopeIsValue) store_p<T>(p_address(1), s);
     } else {
       store_p<T>(p_address(0), s);
     }
@@ -494,7 +494,7 @@ class MathGroup {
   template <bool kSimple>
   __device__ __forceinline__ void values(uint32_t tokens, int stage) {
     const uint32_t columns =
-        tokens + (lane_ / 8 * 8 + token_of_row(lane_ % 8)) * K::kStride + warp_ * 16;
+        tokens + (lane_ / 8 * 8 + token_of_row(lane_ % 8)) * P::kStride + warp_ * 16;
     const uint64_t p = wgmma::k_major(p_address(0), kGroupBytes);
     using Scales = std::conditional_t<kSimple, __half2, float2>;  // of two tokens
     const uint32_t scales = ptx::smem_address(smem_.scales[0]) +
@@ -508,7 +508,7 @@ class MathGroup {
       const int tile = part / 2, half = part % 2;
       const uint32_t now[4] = {raw[0], raw[1], raw[2], raw[3]};
       Scales scale[4];
-      load_scales(scales + (tile / K::kTilesOfGroup * 32 + 4 * half) * sizeof(Scales), scale);
+      load_scales(scales + (tile / P::kTilesOfGroup * 32 + 4 * half) * sizeof(Scales), scale);
       Operand& operand = a[part % kOperands];
       if (part >= kOperands) wait_for(operand);
 #pragma unroll
@@ -516,8 +516,8 @@ class MathGroup {
         convert_columns(now[m], scale[m], operand[m / 2][m % 2 * 2], operand[m / 2][m % 2 * 2 + 1]);
       }
       if (const int next = part + 1; next < 2 * kCodeTiles) {
-        ptx::ldmatrix_x4_trans(columns + next / 2 * 64 + next % 2 * 32 * K::kStride, raw);
-      } else if (!K::kRopeIsValue) {
+        ptx::ldmatrix_x4_trans(columns + next / 2 * 64 + next % 2 * 32 * P::kStride, raw);
+      } else if (!P::kRopeIsValue) {
         release(stage);
       }
       wgmma::fence();
@@ -528,7 +528,7 @@ class MathGroup {
       }
       wgmma::commit();
     }
-    if constexpr (K::kRopeIsValue) rope_values(tokens, stage, p_address(kSimple ? 1 : 0), a);
+    if constexpr (P::kRopeIsValue) rope_values(tokens, stage, p_address(kSimple ? 1 : 0), a);
     wait_for_all(a);
 #pragma unroll
     for (int tile = 0; tile < kValueTiles; ++tile) wgmma::hold(out_[tile]);
@@ -538,7 +538,7 @@ class MathGroup {
   // first 8 columns. `p_address`: P of their type.
   __device__ __forceinline__ void rope_values(uint32_t tokens, int stage, uint32_t p_address,
                                               Operand (&a)[kOperands]) {
-    const uint32_t columns = tokens + (lane_ / 16 * 8 + token_of_row(lane_ % 8)) * K::kStride +
+    const uint32_t columns = tokens + (lane_ / 16 * 8 + token_of_row(lane_ % 8)) * P::kStride +
                              K::kRopeOffset + warp_ * 32 + lane_ / 8 % 2 * 16;
     const uint64_t p = wgmma::k_major(p_address, kGroupBytes);
 #pragma unroll
@@ -547,7 +547,7 @@ class MathGroup {
       wait_for(operand);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        ptx::ldmatrix_x4_trans(columns + (32 * half + 16 * step) * K::kStride, operand[step]);
+        ptx::ldmatrix_x4_trans(columns + (32 * half + 16 * step) * P::kStride, operand[step]);
       }
       if (half == 1) release(stage);
       wgmma::fence();
@@ -626,8 +626,8 @@ class MathGroup {
   // its end.
   __device__ __forceinline__ void prepare_queries(const schedule::Piece& piece) {
     constexpr int kRowsAtOnce = 2;
-    constexpr int kChunks = K::kDim / 8;  // of 16 bytes
-    constexpr int kCodeChunks = kCodeTiles * kTileColumns / 8;
+    constexpr int kChunks = P::S::kDim / 8;  // of 16 bytes
+    constexpr int kCodeChunks = kCodeTiles * kSubTileColumns / 8;
     const int64_t first_row =
         (static_cast<int64_t>(piece.request) * kp_.p.slices + smem_.place.slice) * kp_.rows;
 #pragma unroll 1
@@ -717,7 +717,7 @@ class MathGroup {
       }
       if (lane_ < 4) smem_.sums[group_][warp_][row(i)] = sum_[i];
     }
-    if constexpr (K::kRopeIsValue) interleave_rope();
+    if constexpr (P::kRopeIsValue) interleave_rope();
     barrier_of_groups();  // The queries, whose place is taken now, have been read.
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {

@@ -18,7 +18,7 @@ struct SharedStorage<fp8_few_rows_decode::Problem<kFormat, kSparse, kTileRows>> 
   alignas(1024) uint8_t simple_q[P::kCodeTiles + 1][kTileBytes];
   // Of each warpgroup P of its block, a token a column, in the type of the values: that of the
   // codes, and that of the RoPE columns.
-  alignas(1024) uint8_t p[P::kMathGroups][P::K::kRopeIsValue ? 2 : 1][kTileBytes];
+  alignas(1024) uint8_t p[P::kMathGroups][P::kRopeIsValue ? 2 : 1][kTileBytes];
   // Blocks as they lie in the cache.
   alignas(128) uint8_t tokens[P::kStages][P::kBlockBytes];
   // V4: the scales of their tokens, those with a bit in odd_scales in the second half.
