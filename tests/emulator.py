@@ -73,6 +73,7 @@ class Emulator:
             env=os.environ | {"ASAN_OPTIONS": f"{options}:detect_leaks=0", "TSAN_OPTIONS": options},
             capture_output=True,
             text=True,
+            timeout=600,
         )
         assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr[-4000:]}"
         for name, array in arrays.items():

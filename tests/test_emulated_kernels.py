@@ -360,8 +360,11 @@ def test_nothing_is_merged_by_a_broken_schedule(emulator, name, seed):
 FORMATS = {"plain": 0, "fp8_v32": 1, "fp8_v4": 2}
 
 
-def decode(emulator, inputs, parts, fp8_matmul=False, sign=1):
-    """``(out, lse)`` of dense or sparse decode: plan, attention, merge. ``sign``: of the scale."""
+def decode(emulator, inputs, parts, fp8_matmul=False, sign=1, late_copies=0):
+    """``(out, lse)`` of dense or sparse decode: plan, attention, merge. ``sign``: of the scale.
+
+    ``late_copies``: each so many-th copy comes as late as it can, the last of them first.
+    """
     case, sparse = inputs.case, isinstance(inputs.case, SparseCase)
     b, s_q, h_q, d = inputs.q.shape
     h_kv = 1 if sparse else case.h_kv
@@ -434,27 +437,32 @@ def decode(emulator, inputs, parts, fp8_matmul=False, sign=1):
         num_slots=2 * parts,
         format=FORMATS[cache_format],
         fp8_matmul=fp8_matmul,
+        late_copies=late_copies,
         softmax_scale=np.float32(sign * case.softmax_scale).view(np.int32),
         **numbers,
     )
     return arrays["out"], arrays["lse"]
 
 
-def dense_case(h_q, **options):
+def dense_case(h_q, lengths=(270, 0, 65), **options):
     """Whole requests and cut ones, an empty one, several in a part."""
-    options = {"s_q": 2, "lengths": (270, 0, 65), "page_size": 16, "causal": True} | options
-    return DenseCase(f"emulated-{h_q}", 3, 0, h_q, attn_sink=True, **options)
+    options = {"s_q": 2, "page_size": 16, "causal": True} | options
+    return DenseCase(
+        f"emulated-{h_q}", len(lengths), 0, h_q, lengths=lengths, attn_sink=True, **options
+    )
 
 
 def fp8_dense(h_q, scales, **options):
     return sparse_cases.build_fp8_dense(dense_case(h_q, **options), scales=scales)
 
 
-def sparse(h_q, cache_format="fp8_v32", **options):
+def sparse(h_q, cache_format="fp8_v32", b=2, topk=150, **options):
     """Choices that are none, lengths, a partial block."""
     options = {"s_q": 2, "slots": 305, "page_size": 61, "topk_length": True} | options
     options |= {"cache_format": cache_format, "d": sparse_cases.DIMS[cache_format]}
-    return cases.build_sparse(SparseCase(f"emulated-{h_q}", 2, 150, h_q, attn_sink=True, **options))
+    return cases.build_sparse(
+        SparseCase(f"emulated-{h_q}", b, topk, h_q, attn_sink=True, **options)
+    )
 
 
 EXTRA = {"extra_topk": 70, "extra_slots": 130, "extra_page_size": 2, "extra_topk_length": True}
@@ -564,6 +572,25 @@ def test_fp8_products_agree_with_their_oracle(emulator, name):
 )
 def test_decode_has_no_races(emulator, name):
     check_decode(emulator, name)
+
+
+# A part with more blocks than there is room for.
+LONG = {
+    "dense": lambda: cases.build(dense_case(16, (700, 90), s_q=1, page_size=64)),
+    "FP8 dense, 16 rows": lambda: fp8_dense(8, "power", lengths=(1000, 90), page_size=64),
+    "FP8 dense, 32 rows": lambda: fp8_dense(16, "power", lengths=(800, 90), page_size=64),
+    "sparse V3.2, 16 rows": lambda: sparse(16, b=1, topk=900, s_q=1),
+    "sparse V4, 32 rows": lambda: sparse(20, "fp8_v4", b=1, topk=700, s_q=1),
+}
+
+
+@only_memory
+@pytest.mark.parametrize("name", LONG)
+def test_copies_that_come_late(emulator, name):
+    inputs = LONG[name]()
+    op = "sparse_decode" if name.startswith("sparse") else "dense_decode"
+    period = 61 if name.startswith("sparse") else 3
+    oracle.check_decode(op, inputs, decode(emulator, inputs, 1, late_copies=period))
 
 
 @pytest.mark.parametrize("emulator", ["races"], indirect=True)

@@ -1,6 +1,7 @@
 // Runs one launcher on arrays in files, decodes, or walks over a schedule as the attention kernels
 // do. Arguments: merge, plan, decode or walk, a folder, and name=value for the integers of the
-// parameters. Arrays are files of the folder, written back where they are results.
+// parameters. Arrays are files of the folder, written back where they are results. late_copies:
+// simt::CopyEngine::period.
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -225,6 +226,7 @@ int main(int argc, char** argv) {
     if (equals == std::string::npos) fail("no NAME=INTEGER: " + argument);
     numbers[argument.substr(0, equals)] = std::atoi(argument.c_str() + equals + 1);
   }
+  simt::copy_engine.period = numbers["late_copies"];
   const std::string what = argv[1];
   if (what == "merge") {
     merge();

@@ -1,15 +1,17 @@
 // Runs CUDA kernels on the CPU, a thread for a thread: what those of csrc use of CUDA, so that
 // sanitizers see them on any machine. Only one CTA runs at a time, with garbage in its shared
 // memory. Slow, and no proof of memory order: what the GPU does later (copies, matrix products) is
-// done at once.
+// done at once, but for copies that are to come late.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <barrier>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -77,6 +79,54 @@ struct Dim {
 inline thread_local Dim thread_index;
 inline Dim block_index, block_size;
 
+// Grows whenever threads meet, or one arrives somewhere. Relaxed: it must not order what it counts.
+inline std::atomic<uint64_t> progress;
+inline void note_progress() { progress.fetch_add(1, std::memory_order_relaxed); }
+
+// The copy engine: works at once, but each `period`-th copy (none if 0) is done when nothing else
+// goes on any more, the last one asked for first. So blocks come in an order that a GPU has but
+// rarely.
+class CopyEngine {
+ public:
+  ~CopyEngine() {
+    thread_ = {};
+    if (!late_.empty()) std::abort();
+  }
+  void run(std::function<void()> copy) {
+    if (period == 0 || asked_.fetch_add(1, std::memory_order_relaxed) % period != 0) return copy();
+    const std::lock_guard lock(mutex_);
+    late_.push_back(std::move(copy));
+    if (!thread_.joinable()) {
+      thread_ = std::jthread([this](const std::stop_token& stop) { serve(stop); });
+    }
+  }
+
+  unsigned period = 0;
+
+ private:
+  void serve(const std::stop_token& stop) {
+    while (!stop.stop_requested()) {
+      const uint64_t before = progress.load(std::memory_order_relaxed);
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      if (progress.load(std::memory_order_relaxed) != before) continue;
+      std::function<void()> copy;
+      {
+        const std::lock_guard lock(mutex_);
+        if (late_.empty()) continue;
+        copy = std::move(late_.back());
+        late_.pop_back();
+      }
+      copy();
+    }
+  }
+
+  std::atomic<unsigned> asked_ = 0;
+  std::mutex mutex_;
+  std::vector<std::function<void()>> late_;
+  std::jthread thread_;
+};
+inline CopyEngine copy_engine;
+
 // A barrier and a word of each thread.
 struct Group {
   explicit Group(int threads) : barrier(threads), words(threads) {}
@@ -87,6 +137,7 @@ struct Group {
   template <typename Read>
   auto exchange(int index, uint32_t word, const Read& read) {
     words[index] = word;
+    note_progress();
     barrier.arrive_and_wait();
     auto result = read(words);
     barrier.arrive_and_wait();
@@ -103,6 +154,7 @@ struct Named {
   explicit Named(int threads) : barrier(threads, Meet{this}) {}
   bool meet(bool value) {
     if (value) any = true;
+    note_progress();
     barrier.arrive_and_wait();
     return result;
   }

@@ -25,13 +25,17 @@ Status launch_sparse_decode_sm90(const SparseDecodeParams& params, cudaStream_t 
   if (params.head_dim_v != 512) {
     return {cudaErrorNotSupported, "head_dim_v of the sparse decode kernel"};
   }
-  // Not sm90::fp8_few_rows_decode, though it is faster with few rows: a long run has hung, which is
-  // not understood (docs/kernels/fp8_few_rows.md).
   switch (params.format) {
     case CacheFormat::kFp8V32:
       if (params.fp8_matmul) return sm90::fp8_matmul_decode::launch(params, stream);
+      if (sm90::fp8_few_rows_decode::takes(params)) {
+        return sm90::fp8_few_rows_decode::launch(params, stream);
+      }
       return impl::launch<__nv_bfloat16, 576, true, CacheFormat::kFp8V32>(params, stream);
     case CacheFormat::kFp8V4:
+      if (sm90::fp8_few_rows_decode::takes(params)) {
+        return sm90::fp8_few_rows_decode::launch(params, stream);
+      }
       return impl::launch<__nv_bfloat16, 512, true, CacheFormat::kFp8V4>(params, stream);
     case CacheFormat::kPlain:
       return params.dtype == DataType::kFloat16 ? launch_plain<__half>(params, stream)

@@ -3,6 +3,8 @@
 
 #include <cuda.h>
 
+#include <array>
+
 #include "simt.h"
 
 namespace flashmla::ptx {
@@ -85,6 +87,7 @@ void mbarrier_change(uint64_t* barrier, const Change& change) {
   } while (!word.compare_exchange_weak(before, after, std::memory_order_release,
                                        std::memory_order_relaxed));
   word.notify_all();
+  simt::note_progress();
 }
 inline void mbarrier_arrive(uint64_t* barrier) {
   mbarrier_change(barrier, [](Phase& phase) { --phase.pending; });
@@ -138,26 +141,26 @@ inline uint64_t evict_first_policy() { return 0; }
 inline void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint64_t* barrier,
                       uint64_t) {
   if ((destination | bytes | reinterpret_cast<uintptr_t>(source)) % 16 != 0) std::abort();
-  std::memcpy(smem_pointer(destination), source, bytes);
-  mbarrier_change(barrier, [&](Phase& phase) { phase.bytes -= bytes; });
+  simt::copy_engine.run([=] {
+    std::memcpy(smem_pointer(destination), source, bytes);
+    mbarrier_change(barrier, [&](Phase& phase) { phase.bytes -= bytes; });
+  });
 }
 inline void prefetch_tensor_map(const CUtensorMap*) {}
-inline void tma_load_4d(void* destination, const CUtensorMap* map, uint64_t* barrier, uint64_t,
-                        int c0, int c1, int c2, int c3) {
-  const int first[4] = {c0, c1, c2, c3};
-  const uint32_t target = smem_address(destination);
-  if (target % 128 != 0 || map->box[0] != 64 || c0 != 0) std::abort();
+// `first`: the coordinates of the box.
+inline void load_box(uint32_t target, const CUtensorMap& map, uint64_t* barrier,
+                     const std::array<int, 4>& first) {
   uint32_t row = 0;
-  for (uint32_t i3 = 0; i3 < map->box[3]; ++i3) {
-    for (uint32_t i2 = 0; i2 < map->box[2]; ++i2) {
-      for (uint32_t i1 = 0; i1 < map->box[1]; ++i1, ++row) {
+  for (uint32_t i3 = 0; i3 < map.box[3]; ++i3) {
+    for (uint32_t i2 = 0; i2 < map.box[2]; ++i2) {
+      for (uint32_t i1 = 0; i1 < map.box[1]; ++i1, ++row) {
         const int64_t at[4] = {0, first[1] + int64_t{i1}, first[2] + int64_t{i2},
                                first[3] + int64_t{i3}};
-        const char* source = map->data;
+        const char* source = map.data;
         bool exists = true;
         for (int d = 1; d < 4; ++d) {
-          exists &= at[d] >= 0 && at[d] < static_cast<int64_t>(map->sizes[d]);
-          source += at[d] * static_cast<int64_t>(map->strides[d]);
+          exists &= at[d] >= 0 && at[d] < static_cast<int64_t>(map.sizes[d]);
+          source += at[d] * static_cast<int64_t>(map.strides[d]);
         }
         for (uint32_t chunk = 0; chunk < 8; ++chunk) {
           const uint32_t place = target + row * 128 + chunk * 16;
@@ -172,6 +175,13 @@ inline void tma_load_4d(void* destination, const CUtensorMap* map, uint64_t* bar
     }
   }
   mbarrier_change(barrier, [&](Phase& phase) { phase.bytes -= row * 128; });
+}
+inline void tma_load_4d(void* destination, const CUtensorMap* map, uint64_t* barrier, uint64_t,
+                        int c0, int c1, int c2, int c3) {
+  const uint32_t target = smem_address(destination);
+  if (target % 128 != 0 || map->box[0] != 64 || c0 != 0) std::abort();
+  // The map is on the stack of this thread, which may be gone by then.
+  simt::copy_engine.run([=, map = *map] { load_box(target, map, barrier, {c0, c1, c2, c3}); });
 }
 
 inline void cp_async_16(uint32_t destination, const void* source, bool valid) {
