@@ -117,6 +117,7 @@ class Timer:
             softmax_scale=case.softmax_scale,
             cache_format=case.cache_format,
             head_dim_v=case.dv,
+            power_of_two_scales=power_of_two_scales,
             **options,
         )
 
@@ -131,6 +132,7 @@ class Timer:
             **measure.arrays_of(case, self.pool(cache_format, power_of_two_scales)),
             softmax_scale=case.softmax_scale,
             cache_format=cache_format,
+            power_of_two_scales=power_of_two_scales,
             **options,
         )
 

@@ -27,19 +27,20 @@ constexpr int kMaxRuns = 2;
 // What all decode operations have in common, and all that the merge reads.
 struct DecodeParams {
   // Sizes.
-  int batch;              // b: requests
-  int seq_q;              // s_q: query tokens of a request
-  int heads_q;            // h_q
-  int heads_kv;           // h_kv, divides h_q
-  int slices;             // rows of a request (query tokens x heads) fall into so many slices that
-                          // share no keys: KV heads, or, if sparse, query tokens
-  int head_dim;           // d of queries and keys
-  int head_dim_v;         // values are the first head_dim_v columns of the keys
-  int num_parts;          // rows of the schedule = parts the work is divided into
-  float softmax_scale;    // multiplies q.k, in natural-log units
-  bool batch_invariant;   // split boundaries depend on the request's own length only
-  bool fp8_matmul;        // products of latent columns in FP8; kFp8V32 caches only
-  bool sink_per_request;  // attn_sink is [b, h_q] instead of [h_q]
+  int batch;             // b: requests
+  int seq_q;             // s_q: query tokens of a request
+  int heads_q;           // h_q
+  int heads_kv;          // h_kv, divides h_q
+  int slices;            // rows of a request (query tokens x heads) fall into so many slices that
+                         // share no keys: KV heads, or, if sparse, query tokens
+  int head_dim;          // d of queries and keys
+  int head_dim_v;        // values are the first head_dim_v columns of the keys
+  int num_parts;         // rows of the schedule = parts the work is divided into
+  float softmax_scale;   // multiplies q.k, in natural-log units
+  bool batch_invariant;  // split boundaries depend on the request's own length only
+  bool fp8_matmul;       // products of latent columns in FP8; kFp8V32 caches only
+  bool power_of_two_scales;  // a promise, for FP8 caches: from 2^-15 to 2^7, or 0. Others make NaN
+  bool sink_per_request;     // attn_sink is [b, h_q] instead of [h_q]
   DataType dtype;
 
   RunLengths runs[kMaxRuns];

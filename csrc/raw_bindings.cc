@@ -206,6 +206,7 @@ void bind_raw(nb::module_& m) {
       .def_rw("softmax_scale", &DecodeParams::softmax_scale)
       .def_rw("batch_invariant", &DecodeParams::batch_invariant)
       .def_rw("fp8_matmul", &DecodeParams::fp8_matmul)
+      .def_rw("power_of_two_scales", &DecodeParams::power_of_two_scales)
       .def_rw("sink_per_request", &DecodeParams::sink_per_request)
       .def_rw("slices", &DecodeParams::slices)
       .def_rw("sparse", &DecodeParams::sparse)

@@ -201,6 +201,7 @@ def _call_decode(
     softmax_scale: float,
     batch_invariant: bool,
     fp8_matmul: bool,
+    power_of_two_scales: bool,
     cache_format: str,
     page_size: int,
     **attributes: Any,
@@ -230,6 +231,7 @@ def _call_decode(
         softmax_scale=np.float32(softmax_scale),
         batch_invariant=np.bool_(batch_invariant),
         fp8_matmul=np.bool_(fp8_matmul),
+        power_of_two_scales=np.bool_(power_of_two_scales),
         cache_format=np.int32(FORMAT_CODES[cache_format]),
         page_size=np.int32(page_size),
         **attributes,
@@ -247,6 +249,7 @@ def dense_decode(
     page_size: int,
     batch_invariant: bool,
     fp8_matmul: bool,
+    power_of_two_scales: bool,
     num_sm_parts: int | None,
 ) -> tuple[jax.Array, ...]:
     """Dense decode by the kernels in csrc/sm90 and csrc/smxx/combine.cu."""
@@ -284,6 +287,7 @@ def dense_decode(
         softmax_scale=softmax_scale,
         batch_invariant=batch_invariant,
         fp8_matmul=fp8_matmul,
+        power_of_two_scales=power_of_two_scales,
         cache_format=cache_format,
         page_size=page_size,
         causal=np.bool_(causal),
@@ -306,6 +310,7 @@ def sparse_decode(
     extra_page_size: int | None,
     batch_invariant: bool,
     fp8_matmul: bool,
+    power_of_two_scales: bool,
     num_sm_parts: int | None,
 ) -> tuple[jax.Array, ...]:
     """Sparse decode by the kernels in csrc/sm90 and csrc/smxx/combine.cu."""
@@ -352,6 +357,7 @@ def sparse_decode(
         softmax_scale=softmax_scale,
         batch_invariant=batch_invariant,
         fp8_matmul=fp8_matmul,
+        power_of_two_scales=power_of_two_scales,
         cache_format=cache_format,
         page_size=page_size,
         extra_page_size=np.int32(extra_page_size or 0),  # 0: there is no extra cache

@@ -310,6 +310,7 @@ def flash_mla_with_kvcache(
     implementation: str | None = None,
     batch_invariant: bool = False,
     fp8_matmul: bool = False,
+    power_of_two_scales: bool = False,
     num_sm_parts: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Multi-head latent attention of new query tokens over a paged cache.
@@ -381,6 +382,11 @@ def flash_mla_with_kvcache(
             float8_e4m3fn, three bits of mantissa, and multiplied with the codes of the cache as
             they are; RoPE columns stay bfloat16, and scales are applied in float32. On XLA it has
             no effect: the products stay as they are without it, which is more exact.
+        power_of_two_scales: over an FP8 cache, a promise: all scales of the tokens attended to are
+            powers of two from 2^-15 to 2^7, or 0, as this library writes them unless told otherwise
+            (and as long as latents are below 57,344). Kernels for more than 32 rows (query heads,
+            times query tokens if dense) are faster so. A token that breaks the promise may make
+            the results of those that attend to it NaN, and with ``causal`` those of its request.
         num_sm_parts: how many parts the work is divided into when no metadata is given; by
             default as many as fit on the GPU. Any number gives right results.
 
@@ -399,6 +405,7 @@ def flash_mla_with_kvcache(
     is_fp8_kvcache = _checks.check_bool(_NAME, "is_fp8_kvcache", is_fp8_kvcache)
     batch_invariant = _checks.check_bool(_NAME, "batch_invariant", batch_invariant)
     fp8_matmul = _checks.check_bool(_NAME, "fp8_matmul", fp8_matmul)
+    power_of_two_scales = _checks.check_bool(_NAME, "power_of_two_scales", power_of_two_scales)
     _dispatch.check_implementation(_NAME, implementation)
     if num_sm_parts is not None:
         num_sm_parts = _checks.check_int(_NAME, "num_sm_parts", num_sm_parts, 1)
@@ -409,6 +416,12 @@ def flash_mla_with_kvcache(
     head_dim_v = _check_query(q, cache, head_dim_v)
     if fp8_matmul:
         _check_fp8_matmul(cache)
+    if power_of_two_scales and cache.format == "plain":
+        raise ValueError(
+            f"{_NAME}: argument 'power_of_two_scales' is True, but 'k_cache' is a "
+            f"{np.dtype(cache.data.dtype).name} cache of shape {tuple(cache.data.shape)}; expected "
+            "power_of_two_scales=False or an FP8 cache, which has scales"
+        )
     b, _, h_q, d = q.shape
     if softmax_scale is None:
         softmax_scale = d**-0.5
@@ -436,6 +449,7 @@ def flash_mla_with_kvcache(
         "page_size": cache.page_size,
         "batch_invariant": batch_invariant,
         "fp8_matmul": fp8_matmul,
+        "power_of_two_scales": power_of_two_scales,
         "num_sm_parts": num_sm_parts,
     }
     if indices is None:

@@ -30,6 +30,7 @@ STATIC = (
     "implementation",
     "batch_invariant",
     "fp8_matmul",
+    "power_of_two_scales",
     "num_sm_parts",
 )
 

@@ -20,6 +20,7 @@ SOURCES = (
     "csrc/sm90/dense_decode/inst_576_512.cu",
     "csrc/sm90/fp8_few_rows_decode/launch.cu",
     "csrc/sm90/fp8_matmul_decode/launch.cu",
+    "csrc/sm90/fp8_power_decode/launch.cu",
     "csrc/sm90/gathered_decode/inst_sparse_plain_576.cu",
     "csrc/sm90/gathered_decode/inst_sparse_v4.cu",
     "tests/emulation/main.cc",

@@ -100,6 +100,7 @@ def dense_decode_params(
     causal: bool = False,
     batch_invariant: bool = False,
     fp8_matmul: bool = False,
+    power_of_two_scales: bool = False,
     sink_per_request: bool = False,
     head_dim: int = 576,
     head_dim_v: int = 512,
@@ -130,6 +131,7 @@ def dense_decode_params(
         is_fp16=is_fp16,
         batch_invariant=batch_invariant,
         fp8_matmul=fp8_matmul,
+        power_of_two_scales=power_of_two_scales,
         sink_per_request=sink_per_request,
         addresses=addresses,
     )
@@ -161,6 +163,7 @@ def sparse_decode_params(
     is_fp16: bool = False,
     batch_invariant: bool = False,
     fp8_matmul: bool = False,
+    power_of_two_scales: bool = False,
     sink_per_request: bool = False,
     head_dim_v: int = 512,
     **addresses: int,
@@ -191,6 +194,7 @@ def sparse_decode_params(
         is_fp16=is_fp16,
         batch_invariant=batch_invariant,
         fp8_matmul=fp8_matmul,
+        power_of_two_scales=power_of_two_scales,
         sink_per_request=sink_per_request,
         addresses=addresses,
     )
@@ -214,6 +218,7 @@ def _set_common(
     is_fp16: bool,
     batch_invariant: bool,
     fp8_matmul: bool,
+    power_of_two_scales: bool,
     sink_per_request: bool,
     addresses: dict[str, int],
 ) -> None:
@@ -226,6 +231,7 @@ def _set_common(
     p.softmax_scale, p.is_fp16 = softmax_scale, is_fp16
     p.batch_invariant, p.sink_per_request = batch_invariant, sink_per_request
     p.fp8_matmul = fp8_matmul
+    p.power_of_two_scales = power_of_two_scales
     expected = {"q", "schedule", "attn_sink", "out", "lse"}
     expected |= {"partial_out", "partial_sums", "schedule_is_broken"}
     assert set(addresses) == expected, f"addresses of {sorted(expected ^ set(addresses))}"
@@ -298,6 +304,7 @@ class _RawDecode:
     head_dim_v: int
     batch_invariant: bool
     fp8_matmul: bool
+    power_of_two_scales: bool
     num_sm_parts: int | None
     schedule: jax.Array | None
     # Set by the class of each kind.
@@ -337,6 +344,7 @@ class _RawDecode:
             "num_slots": slots,
             "batch_invariant": self.batch_invariant,
             "fp8_matmul": self.fp8_matmul,
+            "power_of_two_scales": self.power_of_two_scales,
             "sink_per_request": self.attn_sink is not None and self.attn_sink.ndim == 2,
             "is_fp16": self.q.dtype == jnp.float16,
             "q": address_of(self.q),
@@ -398,6 +406,7 @@ class RawDenseDecode(_RawDecode):
     schedule: jax.Array | None = None
     cache_format: str = "plain"
     fp8_matmul: bool = False
+    power_of_two_scales: bool = False
 
     def __post_init__(self) -> None:
         _, s_q, h_q, _ = self.q.shape
@@ -444,6 +453,7 @@ class RawSparseDecode(_RawDecode):
     num_sm_parts: int | None = None
     schedule: jax.Array | None = None
     fp8_matmul: bool = False
+    power_of_two_scales: bool = False
 
     def _page_size(self, cache: jax.Array) -> int:
         if self.cache_format == "fp8_v4":

@@ -185,6 +185,20 @@ BAD = {
         "a bfloat16 cache",
         "a V3.2 FP8 cache",
     ),
+    "power_of_two_scales None": (
+        dense,
+        {"power_of_two_scales": None},
+        "power_of_two_scales",
+        "None",
+        "bool",
+    ),
+    "power_of_two_scales of a plain cache": (
+        dense,
+        {"power_of_two_scales": True},
+        "power_of_two_scales",
+        "a bfloat16 cache of shape (6, 8, 2, 32)",
+        "an FP8 cache",
+    ),
     "FP8 flag": (dense, {"is_fp8_kvcache": True}, "is_fp8_kvcache", "True", "False"),
     "rank of attn_sink": (
         dense,

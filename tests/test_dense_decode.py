@@ -429,6 +429,7 @@ def test_any_chunks_and_blocks(monkeypatch, limit):
             page_size=case.page_size,
             batch_invariant=False,
             fp8_matmul=False,
+            power_of_two_scales=False,
             num_sm_parts=None,
         )
     )(operands)

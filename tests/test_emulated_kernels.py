@@ -360,10 +360,11 @@ def test_nothing_is_merged_by_a_broken_schedule(emulator, name, seed):
 FORMATS = {"plain": 0, "fp8_v32": 1, "fp8_v4": 2}
 
 
-def decode(emulator, inputs, parts, fp8_matmul=False, sign=1, late_copies=0):
+def decode(emulator, inputs, parts, fp8_matmul=False, sign=1, late_copies=0, promise=False):
     """``(out, lse)`` of dense or sparse decode: plan, attention, merge. ``sign``: of the scale.
 
     ``late_copies``: each so many-th copy comes as late as it can, the last of them first.
+    ``promise``: that scales are powers of two.
     """
     case, sparse = inputs.case, isinstance(inputs.case, SparseCase)
     b, s_q, h_q, d = inputs.q.shape
@@ -437,6 +438,7 @@ def decode(emulator, inputs, parts, fp8_matmul=False, sign=1, late_copies=0):
         num_slots=2 * parts,
         format=FORMATS[cache_format],
         fp8_matmul=fp8_matmul,
+        power_of_two_scales=promise,
         late_copies=late_copies,
         softmax_scale=np.float32(sign * case.softmax_scale).view(np.int32),
         **numbers,
@@ -483,17 +485,27 @@ DECODES = {
     "sparse V4": (lambda: sparse(40, "fp8_v4", **EXTRA), 3),
     "sparse plain": (lambda: sparse(20, "plain", **EXTRA), 3),
 }
+# Those with the promise of simple scales.
+PROMISES = {
+    "FP8 dense": (lambda: fp8_dense(33, "power", page_size=53), 2),
+    "FP8 dense, a part": (
+        lambda: fp8_dense(40, "power", s_q=1, page_size=64, scores="rising"),
+        1,
+    ),
+    "sparse V3.2": (lambda: sparse(40, **EXTRA), 3),
+    "sparse V3.2, row tiles": (lambda: sparse(70, page_size=1, **EXTRA), 3),
+}
 FP8_PRODUCTS = {
     "dense": (lambda: fp8_dense(20, "arbitrary"), 2),
     "sparse": (lambda: sparse(20, scales="arbitrary", **EXTRA), 3),
 }
 
 
-def check_decode(emulator, name):
-    build, parts = DECODES[name]
+def check_decode(emulator, name, promise=False):
+    build, parts = (PROMISES if promise else DECODES)[name]
     inputs = build()
     op = "sparse_decode" if name.startswith("sparse") else "dense_decode"
-    oracle.check_decode(op, inputs, decode(emulator, inputs, parts))
+    oracle.check_decode(op, inputs, decode(emulator, inputs, parts, promise=promise))
 
 
 def check_fp8_products(emulator, name):
@@ -510,18 +522,45 @@ def test_decode_agrees_with_the_oracle(emulator, name):
 
 
 @only_memory
+@pytest.mark.parametrize("name", PROMISES)
+def test_power_of_two_scales(emulator, name):
+    check_decode(emulator, name, promise=True)
+
+
+@only_memory
 @pytest.mark.parametrize("sign", [-1, 0])
 @pytest.mark.parametrize(
-    "name",
-    ["dense", "FP8 dense, 16 rows", "FP8 dense, 32 rows, any scales", "sparse V4", "sparse plain"],
+    "name, promise",
+    [
+        ("dense", False),
+        ("FP8 dense, 16 rows", False),
+        ("FP8 dense, 32 rows, any scales", False),
+        ("sparse V4", False),
+        ("sparse V3.2", True),
+        ("sparse plain", False),
+    ],
 )
-def test_a_scale_that_is_not_positive(emulator, name, sign):
+def test_a_scale_that_is_not_positive(emulator, name, promise, sign):
     """A negative scale is as good as negative queries, and 0 as queries of zeros."""
-    build, parts = DECODES[name]
+    build, parts = (PROMISES if promise else DECODES)[name]
     inputs = build()
     op = "sparse_decode" if name.startswith("sparse") else "dense_decode"
     same = dataclasses.replace(inputs, q=(sign * inputs.q).astype(cases.BFLOAT16))
-    oracle.check_decode(op, same, decode(emulator, inputs, parts, sign=sign))
+    oracle.check_decode(op, same, decode(emulator, inputs, parts, sign=sign, promise=promise))
+
+
+@only_memory
+@pytest.mark.parametrize("token", [3, 200])
+def test_other_scales_than_promised_make_nan(emulator, token):
+    inputs = fp8_dense(40, "power", s_q=1, page_size=64, lengths=(400, 70, 250))
+    right = decode(emulator, inputs, 2, promise=True)
+    data = inputs.data.copy()
+    page = inputs.block_table[0, token // 64]
+    data[page, token % 64].reshape(-1)[512:516].view(np.float32)[:] *= 1.5
+    out, lse = decode(emulator, inputs.with_data(data), 2, promise=True)
+    assert np.isnan(out[0].astype(np.float32)).all() and np.isnan(lse[0]).all()
+    for x, want in zip((out, lse), right, strict=True):
+        np.testing.assert_array_equal(x[1:].view(np.uint8), want[1:].view(np.uint8))
 
 
 @only_memory
@@ -534,12 +573,14 @@ def test_v4_scales_of_any_size(emulator, low, high, h_q):
 
 
 @only_memory
-@pytest.mark.parametrize("scales", ["power", "arbitrary"])
-def test_queries_of_any_size(emulator, scales):
+@pytest.mark.parametrize(
+    "h_q, scales, promise", [(16, "power", False), (16, "arbitrary", False), (48, "power", True)]
+)
+def test_queries_of_any_size(emulator, h_q, scales, promise):
     """Power-of-two scales are where queries become fp16. A row that is not finite is NaN alone."""
-    inputs = fp8_dense(16, scales, s_q=1)
+    inputs = fp8_dense(h_q, scales, s_q=1)
     q = inputs.q.astype(np.float32)
-    q *= np.exp2(np.linspace(-120, 6, 16, dtype=np.float32))[:, None]
+    q *= np.exp2(np.linspace(-120, 6, h_q, dtype=np.float32))[:, None]
     q[:, :, 1, :512] = 0  # RoPE columns alone,
     q[:, :, 2, :512] *= np.float32(2) ** -10  # RoPE columns far larger,
     q[:, :, 3, 512:] = 0  # and none
@@ -547,7 +588,7 @@ def test_queries_of_any_size(emulator, scales):
     q[0, 0, 4, 5], q[0, 0, 6, 570] = np.nan, np.inf
     inputs = dataclasses.replace(inputs, q=q.astype(cases.BFLOAT16))
     out, lse = inputs.expected()
-    got = decode(emulator, inputs, 2)
+    got = decode(emulator, inputs, 2, promise=promise)
     oracle.check_norm("dense_decode", "out", got[0], out)
     oracle.check_norm("dense_decode", "lse", got[1], lse, bound=1e-5)
 
@@ -581,6 +622,8 @@ LONG = {
     "FP8 dense, 32 rows": lambda: fp8_dense(16, "power", lengths=(800, 90), page_size=64),
     "sparse V3.2, 16 rows": lambda: sparse(16, b=1, topk=900, s_q=1),
     "sparse V4, 32 rows": lambda: sparse(20, "fp8_v4", b=1, topk=700, s_q=1),
+    "FP8 dense, promise": lambda: fp8_dense(20, "power", lengths=(700, 90), page_size=64),
+    "sparse V3.2, promise": lambda: sparse(40, b=1, topk=600, s_q=1),
 }
 
 
@@ -590,7 +633,15 @@ def test_copies_that_come_late(emulator, name):
     inputs = LONG[name]()
     op = "sparse_decode" if name.startswith("sparse") else "dense_decode"
     period = 61 if name.startswith("sparse") else 3
-    oracle.check_decode(op, inputs, decode(emulator, inputs, 1, late_copies=period))
+    promise = name.endswith("promise")
+    got = decode(emulator, inputs, 1, late_copies=period, promise=promise)
+    oracle.check_decode(op, inputs, got)
+
+
+@pytest.mark.parametrize("emulator", ["races"], indirect=True)
+@pytest.mark.parametrize("name", ["FP8 dense", "sparse V3.2"])
+def test_power_of_two_scales_have_no_races(emulator, name):
+    check_decode(emulator, name, promise=True)
 
 
 @pytest.mark.parametrize("emulator", ["races"], indirect=True)

@@ -353,7 +353,7 @@ def kernel_call(cache_format, *, sparse, extra):
         arrays["extra_indices_in_kvcache"] = shape((2, 3, 0), jnp.int32)
     static = {"is_fp8_kvcache": cache_format != "plain", "causal": not sparse}
 
-    def call(arrays, batch_invariant, fp8_matmul):
+    def call(arrays, batch_invariant, fp8_matmul, power_of_two_scales):
         absent = {} if not sparse else {"block_table": None, "cache_seqlens": None}
         return flash_mla_with_kvcache(
             **arrays,
@@ -362,6 +362,7 @@ def kernel_call(cache_format, *, sparse, extra):
             head_dim_v=512,
             batch_invariant=batch_invariant,
             fp8_matmul=fp8_matmul,
+            power_of_two_scales=power_of_two_scales,
             num_sm_parts=PARTS,
         )
 
@@ -385,9 +386,17 @@ def test_calls_of_the_kernels(monkeypatch, kind, cache_format, extra, fp8_matmul
     """Attributes and workspace of the FFI calls, as exported on a machine without a GPU."""
     monkeypatch.setattr(_dispatch, "cuda_devices", lambda: [])
     call, arrays, attributes = kernel_call(cache_format, sparse=kind == "sparse", extra=extra)
+    promise = cache_format != "plain" and not fp8_matmul
     target = f"flashmla_{kind}_decode"
     exported = jax.export.export(
-        jax.jit(functools.partial(call, batch_invariant=batch_invariant, fp8_matmul=fp8_matmul)),
+        jax.jit(
+            functools.partial(
+                call,
+                batch_invariant=batch_invariant,
+                fp8_matmul=fp8_matmul,
+                power_of_two_scales=promise,
+            )
+        ),
         platforms=("cuda",),
         disabled_checks=[
             jax.export.DisabledSafetyCheck.custom_call(name)
@@ -398,6 +407,7 @@ def test_calls_of_the_kernels(monkeypatch, kind, cache_format, extra, fp8_matmul
     found = dict(re.findall(r"(\w+) = (\w+)", re.search(r"backend_config = {(.*?)}", line)[1]))
     attributes["batch_invariant"] = str(batch_invariant).lower()
     attributes["fp8_matmul"] = str(fp8_matmul).lower()
+    attributes["power_of_two_scales"] = str(promise).lower()
     expected = {name: str(value) for name, value in attributes.items()}
     assert found.keys() - expected.keys() == {"softmax_scale"}
     assert {name: found[name] for name in expected} == expected

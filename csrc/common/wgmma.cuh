@@ -188,13 +188,20 @@ __device__ __forceinline__ void m64n64k32_e4m3_rs(float (&d)[32], const uint32_t
   FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, 32, FLASHMLA_ACC_16(d), FLASHMLA_REGISTERS_32, "%16", \
                                "%17", "%18", "%19", "%20", "%21")
 
+#define FLASHMLA_DEFINE_WGMMA_NARROW_64(TYPE, NAME)                                              \
+  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, 64, FLASHMLA_ACC_64(d), FLASHMLA_REGISTERS_64, "%32", \
+                               "%33", "%34", "%35", "%36", "%37")
+
 FLASHMLA_DEFINE_WGMMA_NARROW_16(__nv_bfloat16, "bf16")
 FLASHMLA_DEFINE_WGMMA_NARROW_16(__half, "f16")
 FLASHMLA_DEFINE_WGMMA_NARROW_32(__nv_bfloat16, "bf16")
 FLASHMLA_DEFINE_WGMMA_NARROW_32(__half, "f16")
+FLASHMLA_DEFINE_WGMMA_NARROW_64(__nv_bfloat16, "bf16")
+FLASHMLA_DEFINE_WGMMA_NARROW_64(__half, "f16")
 
 #undef FLASHMLA_DEFINE_WGMMA_NARROW_16
 #undef FLASHMLA_DEFINE_WGMMA_NARROW_32
+#undef FLASHMLA_DEFINE_WGMMA_NARROW_64
 #undef FLASHMLA_DEFINE_WGMMA_NARROW
 #undef FLASHMLA_ACC_16
 #undef FLASHMLA_DEFINE_WGMMA

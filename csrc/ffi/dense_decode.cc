@@ -15,8 +15,8 @@ ffi::Error dense_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_
                         ffi::Result<ffi::Buffer<ffi::F32>> partial_out,
                         ffi::Result<ffi::Buffer<ffi::F32>> partial_sums,
                         ffi::Result<ffi::Buffer<ffi::S32>> status, float softmax_scale, bool causal,
-                        bool batch_invariant, bool fp8_matmul, int32_t cache_format,
-                        int32_t page_size) {
+                        bool batch_invariant, bool fp8_matmul, bool power_of_two_scales,
+                        int32_t cache_format, int32_t page_size) {
   const DecodeBuffers common{q, schedule, attn_sink, out, lse, partial_out, partial_sums, status};
   const auto shapes = [&] {
     return describe(common) + describe("k_cache", k_cache) + describe("block_table", block_table) +
@@ -39,7 +39,9 @@ ffi::Error dense_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_
   p.format = static_cast<CacheFormat>(cache_format);
   FLASHMLA_CHECK(kOp, p.format == CacheFormat::kPlain || p.format == CacheFormat::kFp8V32, shapes);
   FLASHMLA_CHECK(kOp, !fp8_matmul || p.format == CacheFormat::kFp8V32, shapes);
+  FLASHMLA_CHECK(kOp, !power_of_two_scales || p.format != CacheFormat::kPlain, shapes);
   p.fp8_matmul = fp8_matmul;
+  p.power_of_two_scales = power_of_two_scales;
 
   p.runs[0] = {cache_seqlens.typed_data(), capacity};
   p.num_pages = cache.num_pages;
@@ -75,6 +77,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashMlaDenseDecode, flashmla::dense_decode,
                                   .Attr<bool>("causal")
                                   .Attr<bool>("batch_invariant")
                                   .Attr<bool>("fp8_matmul")
+                                  .Attr<bool>("power_of_two_scales")
                                   .Attr<int32_t>("cache_format")
                                   .Attr<int32_t>("page_size"),
                               {ffi::Traits::kCmdBufferCompatible});

@@ -42,8 +42,8 @@ ffi::Error sparse_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k
                          ffi::Result<ffi::Buffer<ffi::F32>> partial_out,
                          ffi::Result<ffi::Buffer<ffi::F32>> partial_sums,
                          ffi::Result<ffi::Buffer<ffi::S32>> status, float softmax_scale,
-                         bool batch_invariant, bool fp8_matmul, int32_t cache_format,
-                         int32_t page_size, int32_t extra_page_size) {
+                         bool batch_invariant, bool fp8_matmul, bool power_of_two_scales,
+                         int32_t cache_format, int32_t page_size, int32_t extra_page_size) {
   const DecodeBuffers common{q, schedule, attn_sink, out, lse, partial_out, partial_sums, status};
   const auto shapes = [&] {
     return describe(common) + describe("k_cache", k_cache) + describe("indices", indices) +
@@ -69,7 +69,9 @@ ffi::Error sparse_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k
   FLASHMLA_RETURN_IF_FAILURE(fill_decode_params(kOp, common, 1, /*sparse=*/true, capacity,
                                                 softmax_scale, batch_invariant, shapes, &p));
   FLASHMLA_CHECK(kOp, !fp8_matmul || p.format == CacheFormat::kFp8V32, shapes);
+  FLASHMLA_CHECK(kOp, !power_of_two_scales || p.format != CacheFormat::kPlain, shapes);
   p.fp8_matmul = fp8_matmul;
+  p.power_of_two_scales = power_of_two_scales;
 
   FLASHMLA_RETURN_IF_FAILURE(check_device(kOp));
   FLASHMLA_RETURN_IF_FAILURE(to_error(kOp, launch_sparse_decode_sm90(p, stream)));
@@ -99,6 +101,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashMlaSparseDecode, flashmla::sparse_decode,
                                   .Attr<float>("softmax_scale")
                                   .Attr<bool>("batch_invariant")
                                   .Attr<bool>("fp8_matmul")
+                                  .Attr<bool>("power_of_two_scales")
                                   .Attr<int32_t>("cache_format")
                                   .Attr<int32_t>("page_size")
                                   .Attr<int32_t>("extra_page_size"),

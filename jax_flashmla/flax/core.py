@@ -599,6 +599,7 @@ def decode(
     num_pages: int | None = None,
     batch_invariant: bool = False,
     fp8_matmul: bool = False,
+    power_of_two_scales: bool = False,
     implementation: str | None = None,
 ) -> tuple[Array, PagedKVCache]:
     """Writes new tokens to the cache and attends from them to all tokens of their requests.
@@ -624,6 +625,8 @@ def decode(
       num_pages: pages of one layer; needed with ``first_page``.
       batch_invariant: as in `flash_mla_with_kvcache`; make the schedule with the same.
       fp8_matmul: as in `flash_mla_with_kvcache`; for a cache of format ``"fp8_v32"``.
+      power_of_two_scales: as in `flash_mla_with_kvcache`; for a cache of that format. What is
+        written here keeps the promise.
       implementation: as in `flash_mla_with_kvcache`.
 
     Returns:
@@ -679,6 +682,7 @@ def decode(
         is_fp8_kvcache=cache.format != "plain",
         batch_invariant=batch_invariant,
         fp8_matmul=fp8_matmul,
+        power_of_two_scales=power_of_two_scales,
         implementation=implementation,
         **attention,
     )

@@ -39,6 +39,7 @@ def dense_decode(
     page_size: int,
     batch_invariant: bool,
     fp8_matmul: bool,
+    power_of_two_scales: bool,
     num_sm_parts: int | None,
 ) -> tuple[Array, Array]:
     """Attention of each request's query tokens over the pages of its block table.
@@ -56,13 +57,14 @@ def dense_decode(
         batch_invariant: compute each request by itself, in blocks of a fixed size, so that its
             result has the same bits alone and in any batch.
         fp8_matmul: unused; rounding to FP8 would gain nothing here.
+        power_of_two_scales: unused; any scales are as fast.
         num_sm_parts: unused; processors are XLA's business.
 
     Returns:
         out [b, s_q, h_q, head_dim_v] in q's dtype and lse float32[b, h_q, s_q]. Requests whose
         length passes the table, or that use a table entry which is no page, are NaN throughout.
     """
-    del fp8_matmul, num_sm_parts
+    del fp8_matmul, power_of_two_scales, num_sm_parts
     q, cache, table = operands["q"], operands["k_cache"], operands["block_table"]
     b, s_q, h_q, d = q.shape
     pages, columns = cache.shape[0], table.shape[1]
@@ -163,6 +165,7 @@ def sparse_decode(
     extra_page_size: int | None,
     batch_invariant: bool,
     fp8_matmul: bool,
+    power_of_two_scales: bool,
     num_sm_parts: int | None,
 ) -> tuple[Array, Array]:
     """Attention of each query token over the cache slots that its indices name.
@@ -179,13 +182,13 @@ def sparse_decode(
         page_size: tokens of a page.
         extra_page_size: tokens of a page of the extra cache.
         batch_invariant: as for :func:`dense_decode`.
-        fp8_matmul: unused.
+        fp8_matmul, power_of_two_scales: unused.
         num_sm_parts: unused.
 
     Returns:
         out [b, s_q, h_q, head_dim_v] in q's dtype and lse float32[b, h_q, s_q].
     """
-    del fp8_matmul, num_sm_parts
+    del fp8_matmul, power_of_two_scales, num_sm_parts
     q = operands["q"]
     b, s_q, h_q, d = q.shape
 

@@ -14,6 +14,7 @@
 #include "sm90/dense_decode/launch.cuh"
 #include "sm90/fp8_few_rows_decode/fp8_few_rows_decode.h"
 #include "sm90/fp8_matmul_decode/fp8_matmul_decode.h"
+#include "sm90/fp8_power_decode/fp8_power_decode.h"
 #include "sm90/gathered_decode/launch.cuh"
 
 namespace {
@@ -90,6 +91,7 @@ struct DecodeArrays {
     p.head_dim_v = numbers["head_dim_v"];
     p.softmax_scale = std::bit_cast<float>(numbers["softmax_scale"]);
     p.fp8_matmul = numbers["fp8_matmul"];
+    p.power_of_two_scales = numbers["power_of_two_scales"];
     p.dtype = numbers["is_fp16"] ? DataType::kFloat16 : DataType::kBFloat16;
     p.q = q;
     p.attn_sink = attn_sink;
@@ -113,19 +115,21 @@ void merge() {
   arrays.write_back();
 }
 
-// The kernels that are compiled here, of those that the launchers choose from.
+// The kernels that are compiled here, of those that the launchers choose from; that for simple
+// scales whatever it gains.
 Status launch(const DenseDecodeParams& p) {
   if (p.format == CacheFormat::kPlain) {
     return sm90::dense_decode::launch<__nv_bfloat16, 576, 512>(p, nullptr);
   }
+  if (p.power_of_two_scales) return sm90::fp8_power_decode::launch(p, nullptr);
   return p.fp8_matmul ? sm90::fp8_matmul_decode::launch(p, nullptr)
                       : sm90::fp8_few_rows_decode::launch(p, nullptr);
 }
-// Few rows over FP8 caches go through their kernel, which the library does not do if sparse.
 Status launch(const SparseDecodeParams& p) {
   if (p.format == CacheFormat::kPlain) {
     return sm90::gathered_decode::launch<__nv_bfloat16, 576, true, CacheFormat::kPlain>(p, nullptr);
   }
+  if (p.power_of_two_scales) return sm90::fp8_power_decode::launch(p, nullptr);
   if (p.format == CacheFormat::kFp8V4 && !sm90::fp8_few_rows_decode::takes(p)) {
     return sm90::gathered_decode::launch<__nv_bfloat16, 512, true, CacheFormat::kFp8V4>(p, nullptr);
   }

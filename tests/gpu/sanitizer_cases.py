@@ -394,6 +394,27 @@ _fp8_dense(
 )
 
 
+for _name, _options in {
+    "fp8-power-dense": {"lengths": (500, 300), "attn_sink": True},
+    "fp8-power-dense-row-tiles": {"lengths": (400, 470), "s_q": 2, "causal": True},
+}.items():
+    _fp8_dense(
+        _name,
+        DenseCase("", 2, 0, 40, page_size=16, **_options),
+        scales="power",
+        power_of_two_scales=True,
+        num_sm_parts=1,
+    )
+_sparse(
+    "fp8-power-sparse",
+    SparseCase(
+        "", 2, 500, 40, slots=305, page_size=61, cache_format="fp8_v32", scales="power", **_EXTRA
+    ),
+    power_of_two_scales=True,
+    num_sm_parts=2,
+)
+
+
 @_case("fp8-dense-bad-values", MEMCHECK)
 def _fp8_dense_bad_values() -> None:
     """As bad-lengths-and-pages, over an FP8 cache."""

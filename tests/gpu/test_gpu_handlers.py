@@ -335,6 +335,7 @@ DECODE_BAD = {
     "page size 0": {"page_size": INT(0), "k_cache": array(6, 0, 1, 576, dtype=BF16)},
     "page size below 0": {"page_size": INT(-8)},
     "FP8 products of a plain cache": {"fp8_matmul": np.bool_(True)},
+    "scales of a plain cache": {"power_of_two_scales": np.bool_(True)},
     "values of 256 columns": NARROW_VALUES,
     "no page size": {"page_size": None},
     "wide page size": {"page_size": np.int64(8)},

@@ -80,9 +80,15 @@ struct SharedWalk {
   template <typename Barrier, typename Body>
   __device__ __forceinline__ void for_each(const KernelParams<P>& kp, int part, int thread,
                                            const Barrier& barrier, const Body& body) {
-    if (thread == 0) new (walk) PieceWalk<P>(kp.p, part);
+    if (thread == 0) {
+      new (walk) PieceWalk<P>(kp.p, part);
+      pieces = 0;
+    }
     while (true) {
-      if (thread == 0) more = reinterpret_cast<PieceWalk<P>*>(walk)->next(kp.p, piece);
+      if (thread == 0) {
+        more = reinterpret_cast<PieceWalk<P>*>(walk)->next(kp.p, piece);
+        if (more && piece.first_block < piece.end_block) ++pieces;
+      }
       barrier();
       if (!more) break;
       body(piece);
@@ -93,6 +99,7 @@ struct SharedWalk {
   alignas(8) uint8_t walk[sizeof(PieceWalk<P>)];
   schedule::Piece piece;
   bool more;
+  int pieces;  // with blocks, up to this one
 };
 
 // While nothing was attended the maximum is -inf, and -inf - -inf must not make a NaN.

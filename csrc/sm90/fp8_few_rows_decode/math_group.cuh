@@ -8,66 +8,10 @@
 // each has a maximum, sums and results of its own, which are added up at its end.
 #pragma once
 
-#include "common/e8m0.cuh"
-#include "sm90/decode/bfloat16_rows.cuh"
+#include "sm90/decode/fp8_operands.cuh"
 #include "sm90/fp8_few_rows_decode/storage.cuh"
-#include "sm90/gathered_decode/format.cuh"
 
 namespace flashmla::sm90::fp8_few_rows_decode {
-
-// Of the rows that stand for eight tokens in an accumulator, which token `row` is: so that sixteen
-// lanes, which load 32 bytes of four neighbouring rows, find them in different banks.
-__device__ __forceinline__ int token_of_row(int row) { return (row & 3) * 2 + (row >> 2); }
-
-// The type of converted values.
-template <bool kSimple>
-using Element = std::conditional_t<kSimple, __half, __nv_bfloat16>;
-
-// The scale of a token and group, and how codes become values: with a simple one as fp16, which is
-// exact, else as bfloat16, rounded once.
-template <bool kSimple>
-struct Factor {
-  __half2 scale;
-
-  __device__ __forceinline__ void set(float x) { scale = __float2half2_rn(x); }
-  __device__ __forceinline__ void convert(uint32_t codes, uint32_t& lo, uint32_t& hi) const {
-    ptx::e4m3_to_f16(codes, lo, hi);
-    lo = product(lo, scale);
-    hi = product(hi, scale);
-  }
-  __device__ __forceinline__ static uint32_t product(uint32_t pair, __half2 scale) {
-    const __half2 x = __hmul2(reinterpret_cast<const __half2&>(pair), scale);
-    return reinterpret_cast<const uint32_t&>(x);
-  }
-};
-
-template <>
-struct Factor<false> {
-  float scale;
-
-  __device__ __forceinline__ void set(float x) { scale = x; }
-  __device__ __forceinline__ void convert(uint32_t codes, uint32_t& lo, uint32_t& hi) const {
-    const uint2 values = gathered_decode::dequantize(codes, scale);
-    lo = values.x;
-    hi = values.y;
-  }
-};
-
-// The same for two tokens with two columns each, [token][column], whose values come out by columns.
-__device__ __forceinline__ void convert_columns(uint32_t codes, __half2 scales, uint32_t& first,
-                                                uint32_t& second) {
-  ptx::e4m3_to_f16(__byte_perm(codes, 0, 0x3120), first, second);
-  first = Factor<true>::product(first, scales);
-  second = Factor<true>::product(second, scales);
-}
-
-__device__ __forceinline__ void convert_columns(uint32_t codes, float2 scales, uint32_t& first,
-                                                uint32_t& second) {
-  float2 x, y;
-  gathered_decode::codes_to_floats(codes, x, y);
-  first = ptx::pack<__nv_bfloat16>(x.x * scales.x, y.x * scales.y);
-  second = ptx::pack<__nv_bfloat16>(x.y * scales.x, y.y * scales.y);
-}
 
 template <typename P>
 class MathGroup {
@@ -139,7 +83,7 @@ class MathGroup {
     const int stage = number % P::kStages;
     const uint32_t tokens = ptx::smem_address(smem_.tokens[0]) + stage * P::kBlockBytes;
     wait_full(number, stage);
-    TokenScales scales[2];
+    TokenScales<P> scales[2];
     load_scales(tokens, stage, scales);
     float s[kAccumulators];
     // Here all warps are done with the last P, too.
@@ -169,92 +113,47 @@ class MathGroup {
 
   // --- scores -----------------------------------------------------------------------------------
 
-  // 32 columns of this thread's two tokens: of each the 8 bytes at 8 * (lane % 4).
-  struct Raw {
-    uint2 token[2];
-  };
-
-  __device__ __forceinline__ static Raw load_raw(uint32_t address) {
-    return {ptx::ld_shared_8(address), ptx::ld_shared_8(address + 8 * P::kStride)};
-  }
-
-  // Operands from registers for two steps of a product. There are several: while the products with
-  // others run, one is made.
-  using Operand = uint32_t[2][4];
-  static constexpr int kOperands = P::kOperands;
-
-  __device__ __forceinline__ static void wait_for(Operand& a) {
-    wgmma::wait<kOperands - 1>();
-    hold(a);
-  }
-  __device__ __forceinline__ static void wait_for_all(Operand (&a)[kOperands]) {
-    wgmma::wait<0>();
-#pragma unroll
-    for (int i = 0; i < kOperands; ++i) hold(a[i]);
-  }
-
   __device__ __forceinline__ uint32_t own_token(uint32_t tokens) const {
     return tokens + token(0) * P::kStride;
   }
 
-  // The scales of a token: float32, or their exponents, a byte each.
-  using TokenScales = std::conditional_t<P::kHasScalesApart, uint2, uint4>;
-
   // Of this thread's two tokens.
   __device__ __forceinline__ void load_scales(uint32_t tokens, int stage,
-                                              TokenScales (&scales)[2]) const {
+                                              TokenScales<P> (&scales)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if constexpr (P::kHasScalesApart) {
-        const uint32_t odd = warp_ < 2 ? smem_.odd_scales[stage].x : smem_.odd_scales[stage].y;
-        scales[h] = ptx::ld_shared_8(ptx::smem_address(&smem_.token_scales[stage][token(h)]) +
-                                     (odd >> token(h) % 32 & 1) * 8);
+        scales[h] = load_scales_apart(smem_, stage, warp_, token(h));
       } else {
         scales[h] = ptx::ld_shared_16(own_token(tokens) + h * 8 * P::kStride + K::kScalesOffset);
       }
     }
   }
 
-  __device__ __forceinline__ static float scale_of(const uint4& scales, int group) {
-    return __uint_as_float(word(scales, group));
-  }
-  __device__ __forceinline__ static float scale_of(const uint2& scales, int group) {
-    return e8m0_to_float(__byte_perm(group < 4 ? scales.x : scales.y, 0, 0x4440 | group % 4));
-  }
-
   // Whether all scales of a block are powers of two, or 0, and such that fp16 has all values.
-  __device__ __forceinline__ bool are_simple(const TokenScales (&scales)[2]) const {
-    constexpr int kLeast = 127 - 15, kMost = 127 + 7;  // exponents of float32
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) {
-      const uint32_t bits = __float_as_uint(scale_of(scales[i / kGroups], i % kGroups));
-      // Exponent in the low bits, what must be 0 in the high ones.
-      const uint32_t x = bits - (kLeast << 23);
-      most = max(most, bits == 0 ? 0 : __funnelshift_r(x, x, 23));
-    }
-    return !ptx::named_barrier_or(kBarrierMathGroup + group_, 128, most > kMost - kLeast);
+  __device__ __forceinline__ bool are_simple(const TokenScales<P> (&scales)[2]) const {
+    return !ptx::named_barrier_or(kBarrierMathGroup + group_, 128, are_not_simple<P>(scales));
   }
 
   // S = K Q^T. Leaves the scales for the values.
   template <bool kSimple>
-  __device__ __forceinline__ void scores(uint32_t tokens, const TokenScales (&scales)[2],
+  __device__ __forceinline__ void scores(uint32_t tokens, const TokenScales<P> (&scales)[2],
                                          float (&s)[kAccumulators]) {
     const uint32_t chunks = own_token(tokens) + lane_ % 4 * 8;
     const uint32_t q = ptx::smem_address(kSimple ? smem_.simple_q[0] : smem_.q[0]);
     Operand a[kOperands];
-    rope_scores(chunks, q + kCodeTiles * SharedStorage<P>::kTileBytes, a, s);
+    rope_scores<P>(chunks, q + kCodeTiles * SharedStorage<P>::kTileBytes, lane_, a, s);
     Factor<kSimple> factors[2][kGroups];
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) {
       factors[i / kGroups][i % kGroups].set(scale_of(scales[i / kGroups], i % kGroups));
     }
     leave_scales<kSimple>(scales);
-    Raw raw = load_raw(chunks);
+    RawKeys raw = load_raw_keys<P>(chunks);
 #pragma unroll
     for (int half = 0; half < 2 * kCodeTiles; ++half) {
-      const Raw now = raw;
-      if (half + 1 < 2 * kCodeTiles) raw = load_raw(chunks + (half + 1) * 32);
+      const RawKeys now = raw;
+      if (half + 1 < 2 * kCodeTiles) raw = load_raw_keys<P>(chunks + (half + 1) * 32);
       // The first two are of the RoPE columns.
       Operand& operand = a[(half + 2) % kOperands];
       if (half + 2 >= kOperands) wait_for(operand);
@@ -276,26 +175,9 @@ class MathGroup {
     }
   }
 
-  // `q`: the RoPE columns of the queries.
-  __device__ __forceinline__ void rope_scores(uint32_t chunks, uint32_t q, Operand (&a)[kOperands],
-                                              float (&s)[kAccumulators]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      // Of 32 columns the 8 at 8 * (lane % 4).
-      const uint32_t columns = chunks + lane_ % 4 * 8 + K::kRopeOffset + 64 * i;
-      const uint4 x = ptx::ld_shared_16(columns);
-      const uint4 y = ptx::ld_shared_16(columns + 8 * P::kStride);
-      set(a[i][0], x.x, y.x, x.y, y.y);
-      set(a[i][1], x.z, y.z, x.w, y.w);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) issue_scores<T>(a[i], q + 64 * i, s, i > 0);
-  }
-
-  // Writes the scales as the values need them: of each group, for each q = lane % 4, those of rows
-  // 8 * m + 2 * q + {0, 1}.
+  // Writes the scales as the values need them.
   template <bool kSimple>
-  __device__ __forceinline__ void leave_scales(const TokenScales (&scales)[2]) const {
+  __device__ __forceinline__ void leave_scales(const TokenScales<P> (&scales)[2]) const {
     const int row = lane_ / 4;
     // The four lanes that have the same tokens take turns.
 #pragma unroll
@@ -305,7 +187,7 @@ class MathGroup {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float scale = scale_of(scales[h], group);
-        const int place = ((group * 4 + row / 2) * 8 + 2 * warp_ + h) * 2 + row % 2;
+        const int place = place_of_scale(group, row, 2 * warp_ + h);
         if constexpr (kSimple) {
           reinterpret_cast<__half*>(smem_.scales[group_])[place] = __float2half_rn(scale);
         } else {
@@ -313,35 +195,6 @@ class MathGroup {
         }
       }
     }
-  }
-
-  __device__ __forceinline__ static uint32_t word(const uint4& x, int i) {
-    return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
-  }
-
-  __device__ __forceinline__ static void set(uint32_t (&a)[4], uint32_t x0, uint32_t x1,
-                                             uint32_t x2, uint32_t x3) {
-    a[0] = x0;
-    a[1] = x1;
-    a[2] = x2;
-    a[3] = x3;
-  }
-
-  // Two steps, of queries from the address `q` on.
-  template <typename Element>
-  __device__ __forceinline__ static void issue_scores(const Operand& a, uint32_t q,
-                                                      float (&s)[kAccumulators], bool accumulate) {
-    const uint64_t b = wgmma::k_major(q, kGroupBytes);
-    wgmma::fence();
-    wgmma::narrow_rs(Element{}, s, a[0], b, accumulate);
-    wgmma::narrow_rs(Element{}, s, a[1], b + wgmma::distance(32), true);
-    wgmma::commit();
-  }
-
-  // An operand is in use until here.
-  __device__ __forceinline__ static void hold(Operand& a) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
   }
 
   // --- softmax ----------------------------------------------------------------------------------
@@ -429,10 +282,10 @@ class MathGroup {
       sum_[r] += s[i];
     }
     if (simple) {
-      store_p<__half>(p_address(0), s);
-      if constexpr (P::kRopeIsValue) store_p<T>(p_address(1), s);
+      store_p<__half>(p_address(0), warp_, lane_, s);
+      if constexpr (P::kRopeIsValue) store_p<T>(p_address(1), warp_, lane_, s);
     } else {
-      store_p<T>(p_address(0), s);
+      store_p<T>(p_address(0), warp_, lane_, s);
     }
     ptx::fence_proxy_async();
     barrier_of_group();
@@ -440,25 +293,6 @@ class MathGroup {
 
   __device__ __forceinline__ uint32_t p_address(int i) const {
     return ptx::smem_address(smem_.p[0][i]) + group_ * static_cast<int>(sizeof(smem_.p[0]));
-  }
-
-  template <typename Element>
-  __device__ __forceinline__ void store_p(uint32_t p, const float (&s)[kAccumulators]) const {
-    // Matrix m of a store: rows 8 * (m / 2) and up of the tile, tokens 8 * (m % 2) and up of the
-    // warp.
-    const int row_in_tile = lane_ / 16 * 8 + lane_ % 8;
-    const int chunk = 2 * warp_ + lane_ / 8 % 2;
-    const uint32_t place = p + row_in_tile * kRowBytes + ((chunk ^ (row_in_tile & 7)) << 4);
-#pragma unroll
-    for (int pair = 0; pair < kTileRows / 16; ++pair) {
-      uint32_t x[4];
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const int i = 4 * (2 * pair + m / 2) + 2 * (m % 2);
-        x[m] = ptx::pack<Element>(s[i], s[i + 1]);
-      }
-      ptx::stmatrix_x4_trans(place + pair * 2 * kGroupBytes, x[0], x[1], x[2], x[3]);
-    }
   }
 
   // Moves the maximum of the rows that exceed it by too much.
@@ -517,7 +351,7 @@ class MathGroup {
       const int tile = part / 2, half = part % 2;
       const uint32_t now[4] = {raw[0], raw[1], raw[2], raw[3]};
       Scales scale[4];
-      load_scales(scales + (tile / P::kTilesOfGroup * 32 + 4 * half) * sizeof(Scales), scale);
+      load_value_scales(scales + (tile / P::kTilesOfGroup * 32 + 4 * half) * sizeof(Scales), scale);
       Operand& operand = a[part % kOperands];
       if (part >= kOperands) wait_for(operand);
 #pragma unroll
@@ -569,43 +403,6 @@ class MathGroup {
     }
   }
 
-  // Of the RoPE columns, too, makes the first rows even columns and the others odd ones.
-  __device__ __forceinline__ void interleave_rope() {
-    const bool first_half = lane_ < 16;
-    const int even = lane_ / 4 % 4 * 8 + lane_ % 4;  // the lane that has the even column, of 8
-#pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) {
-      float& x = out_[kCodeTiles][i / 2 * 4 + i % 2];
-      float& y = out_[kCodeTiles][i / 2 * 4 + i % 2 + 2];
-      float columns[2];
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const float of_first = __shfl_sync(0xffffffff, x, even + 4 * odd);
-        const float of_second = __shfl_sync(0xffffffff, y, even + 4 * odd);
-        columns[odd] = first_half ? of_first : of_second;
-      }
-      x = columns[0];
-      y = columns[1];
-    }
-  }
-
-  __device__ __forceinline__ static void load_scales(uint32_t address, __half2 (&scales)[4]) {
-    const uint4 bits = ptx::ld_shared_16(address);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t x = word(bits, i);
-      scales[i] = reinterpret_cast<const __half2&>(x);
-    }
-  }
-  __device__ __forceinline__ static void load_scales(uint32_t address, float2 (&scales)[4]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint4 bits = ptx::ld_shared_16(address + 16 * i);
-      scales[2 * i] = {__uint_as_float(bits.x), __uint_as_float(bits.y)};
-      scales[2 * i + 1] = {__uint_as_float(bits.z), __uint_as_float(bits.w)};
-    }
-  }
-
   // All threads arrive: a lane for its warp would do, but racecheck sees only that the one who
   // arrives has read what it has.
   __device__ __forceinline__ void release(int stage) { ptx::mbarrier_arrive(&smem_.empty[stage]); }
@@ -635,8 +432,7 @@ class MathGroup {
   // its end.
   __device__ __forceinline__ void prepare_queries(const schedule::Piece& piece) {
     constexpr int kRowsAtOnce = 2;
-    constexpr int kChunks = P::S::kDim / 8;  // of 16 bytes
-    constexpr int kCodeChunks = kCodeTiles * kSubTileColumns / 8;
+    constexpr int kChunks = SimpleRow<P>::kChunks;
     const int64_t first_row =
         (static_cast<int64_t>(piece.request) * kp_.p.slices + smem_.place.slice) * kp_.rows;
 #pragma unroll 1
@@ -659,61 +455,20 @@ class MathGroup {
         const int row = first + i;
         const uint32_t tile_row = ptx::smem_address(smem_.q[0]) + row * kRowBytes;
         const uint32_t simple_row = ptx::smem_address(smem_.simple_q[0]) + row * kRowBytes;
-        // As fp16 the largest of a row lies in [2^14, 2^15), but none is made more than 2^40 times
-        // as large. RoPE columns that are 2^32 times as large count too, lest they become infinite.
-        // Exponents of float32.
-        uint32_t latent_most = 0, rope_most = 0;
-#pragma unroll
-        for (int k = 0; k < 3; ++k) {
-          const uint32_t most = largest(x[i][k]);
-          const bool is_latent = 32 * k + lane_ < kCodeChunks;
-          latent_most = max(latent_most, is_latent ? most : 0);
-          rope_most = max(rope_most, is_latent ? 0 : most);
-        }
-        latent_most = __reduce_max_sync(0xffffffff, latent_most);
-        rope_most = __reduce_max_sync(0xffffffff, rope_most);
-        const int exponent =
-            max(max(static_cast<int>(latent_most >> 7), static_cast<int>(rope_most >> 7) - 32),
-                127 + 14 - 40);
-        const float factor = __uint_as_float((2 * 127 + 14 - exponent) << 23);
-        if (lane_ == 0) {
-          smem_.q_factor[row] =
-              max(latent_most, rope_most) >= 0x7f80 ? NAN : __uint_as_float((exponent - 14) << 23);
-        }
+        const SimpleRow<P> simple(x[i], lane_);
+        if (lane_ == 0) smem_.q_factor[row] = simple.undo;
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
           const int chunk = 32 * k + lane_;
           if (chunk >= kChunks) break;
           const uint32_t tile = chunk / 8 * SharedStorage<P>::kTileBytes;
-          const uint4 simple =
-              chunk < kCodeChunks ? scaled<__half>(x[i][k], factor) : scaled<T>(x[i][k], factor);
           store_chunk(x[i][k], tile_row + tile, row, chunk % 8);
-          store_chunk(simple, simple_row + tile, row, chunk % 8);
+          store_chunk(simple.chunk(x[i][k], chunk), simple_row + tile, row, chunk % 8);
         }
       }
     }
     ptx::fence_proxy_async();
     barrier_of_groups();
-  }
-
-  // Eight bfloat16 times a factor.
-  template <typename To>
-  __device__ __forceinline__ static uint4 scaled(const uint4& x, float factor) {
-    return {scaled_pair<To>(x.x, factor), scaled_pair<To>(x.y, factor),
-            scaled_pair<To>(x.z, factor), scaled_pair<To>(x.w, factor)};
-  }
-
-  // Stores 8 columns of a tile where the products look for what lanes with q = lane % 4 have of the
-  // keys: of 32 columns 8 side by side, in each of two steps four, as pairs at 16 * step + {0, 8} +
-  // 2 * q.
-  __device__ __forceinline__ static void store_chunk(const uint4& x, uint32_t tile_row, int row,
-                                                     int chunk) {
-    const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int place = chunk / 4 * 4 + i;
-      ptx::st_shared_4(tile_row + ((place ^ (row & 7)) << 4) + chunk % 4 * 4, pairs[i]);
-    }
   }
 
   // The first two warpgroups add up what all have, each half of the columns, and store it.
@@ -726,7 +481,7 @@ class MathGroup {
       }
       if (lane_ < 4) smem_.sums[group_][warp_][row(i)] = sum_[i];
     }
-    if constexpr (P::kRopeIsValue) interleave_rope();
+    if constexpr (P::kRopeIsValue) interleave(out_[kCodeTiles], lane_);
     barrier_of_groups();  // The queries, whose place is taken now, have been read.
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
@@ -734,8 +489,9 @@ class MathGroup {
       // another one in the second: one code for both halves.
       if (half == 0 ? group_ > 0 : group_ > 1) swap_halves();
       if (group_ != half) leave_half(group_ < half ? group_ : group_ - 1);
-      barrier_of_groups();
+      ptx::mbarrier_arrive(&smem_.left);
       if (group_ == half) {
+        ptx::mbarrier_wait(&smem_.left, half);
         add_halves();
         ptx::mbarrier_arrive(&smem_.taken);
       }

@@ -45,11 +45,12 @@ struct SharedStorage<fp8_few_rows_decode::Problem<kFormat, kSparse, kTileRows>> 
 
   uint64_t full[P::kStages];
   uint64_t empty[P::kStages];
-  uint64_t taken;  // a half of the results, twice for each piece
+  uint64_t left, taken;  // of a half of the results, twice for each piece
   uint64_t block_announced[kAnnouncedBlocks];
 
   __device__ __forceinline__ void init_barriers() {
     for (uint64_t& barrier : block_announced) ptx::mbarrier_init(&barrier, 1);
+    ptx::mbarrier_init(&left, P::kMathThreads);
     ptx::mbarrier_init(&taken, 128);
     for (int i = 0; i < P::kStages; ++i) {
       ptx::mbarrier_init(&full[i], P::kLoadWarps);

@@ -1,5 +1,6 @@
 #include "sm90/fp8_few_rows_decode/fp8_few_rows_decode.h"
 #include "sm90/fp8_matmul_decode/fp8_matmul_decode.h"
+#include "sm90/fp8_power_decode/fp8_power_decode.h"
 #include "sm90/gathered_decode/launch.cuh"
 #include "sm90/gathered_decode/launch.h"
 
@@ -31,6 +32,9 @@ Status launch_sparse_decode_sm90(const SparseDecodeParams& params, cudaStream_t 
       if (sm90::fp8_few_rows_decode::takes(params)) {
         return sm90::fp8_few_rows_decode::launch(params, stream);
       }
+      if (sm90::fp8_power_decode::takes(params)) {
+        return sm90::fp8_power_decode::launch(params, stream);
+      }
       return impl::launch<__nv_bfloat16, 576, true, CacheFormat::kFp8V32>(params, stream);
     case CacheFormat::kFp8V4:
       if (sm90::fp8_few_rows_decode::takes(params)) {
@@ -57,6 +61,7 @@ Status launch_dense(const DenseDecodeParams& params, cudaStream_t stream) {
   }
   if (params.fp8_matmul) return fp8_matmul_decode::launch(params, stream);
   if (fp8_few_rows_decode::takes(params)) return fp8_few_rows_decode::launch(params, stream);
+  if (fp8_power_decode::takes(params)) return fp8_power_decode::launch(params, stream);
   return launch<__nv_bfloat16, 576, false, CacheFormat::kFp8V32>(params, stream);
 }
 

@@ -1,6 +1,7 @@
 // Finding what there is to gather: one lane walks over the schedule and announces blocks, and warps
-// look up where their tokens are. Each warp has an equal share of the tokens of every block, four
-// at once: eight lanes a token, so a lane has to do with few tokens, whose addresses it keeps.
+// look up where their tokens are. Each warp has an equal share of the tokens of every block. Who
+// copies 16 bytes a lane takes four at once, eight lanes a token, so a lane has to do with few
+// tokens, whose addresses it keeps; who copies in bulk may have a lane for each token.
 // (Shuffling addresses through the warp instead takes twice the time of the whole kernel: the
 // matrix products keep the pipe of shuffles busy.)
 #pragma once
@@ -16,34 +17,36 @@ using namespace decode;
 
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// What all who gather tokens have in common: a warp's share of the blocks' tokens.
-template <typename P, CacheFormat kFormat>
+// What all who gather tokens have in common: a warp's share of the blocks' tokens. kLaneEach: a
+// lane for each token; lanes 16 and up have the same ones again.
+template <typename P, CacheFormat kFormat, bool kLaneEach = false>
 class TokenFinder {
   using S = typename P::S;
 
  public:
-  __device__ __forceinline__ TokenFinder(const KernelParams<P>& kp, SharedStorage<P>& smem)
+  // `first_thread`: of those who gather.
+  __device__ __forceinline__ TokenFinder(const KernelParams<P>& kp, SharedStorage<P>& smem,
+                                         int first_thread = P::kThreads - P::kLoadThreads)
       : kp_(kp), smem_(smem) {
     // Opaque: it would be worked out anew, from a slow special register, for each use.
     lane_ = ptx::lane_id();
-    warp_ = __shfl_sync(kAllLanes, (threadIdx.x - (P::kThreads - P::kLoadThreads)) / 32, 0);
+    warp_ = __shfl_sync(kAllLanes, (threadIdx.x - first_thread) / 32, 0);
     first_token_ = warp_ * kWarpTokens;
   }
 
  protected:
-  // Tokens of a block that this warp fetches, and those among them that a lane has to do with:
-  // 4 * i + lane / 8.
+  // Tokens of a block that this warp fetches, and those among them that a lane has to do with.
   static constexpr int kWarpTokens = kTokens / P::kLoadWarps;
-  static constexpr int kLaneTokens = kWarpTokens / 4;
+  static constexpr int kLaneTokens = kLaneEach ? 1 : kWarpTokens / 4;
   static_assert(kWarpTokens == 16, "four bytes, or 64 bits, for marks of a block");
 
   // --- blocks -----------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void begin_announcing() const {
+  // The first `count` blocks.
+  __device__ __forceinline__ void begin_announcing(int count = 2) const {
     if (warp_ != 0 || lane_ != 0) return;
     new (smem_.stream) BlockStream<P>(kp_, smem_.place.part);
-    announce_next(0);
-    announce_next(1);
+    for (int number = 0; number < count; ++number) announce_next(number);
   }
 
   // The warps take turns.
@@ -94,7 +97,7 @@ class TokenFinder {
   using Entries = int[kLaneTokens];
 
   __device__ __forceinline__ int token_of_block(int i) const {
-    return first_token_ + 4 * i + lane_ / 8;
+    return first_token_ + (kLaneEach ? lane_ % kWarpTokens : 4 * i + lane_ / 8);
   }
 
   __device__ __forceinline__ void load_entries(const GatheredBlock& block, Entries& entries) const {
@@ -111,9 +114,10 @@ class TokenFinder {
 
   // Of a lane's token i whether `value`, as a bit for each token of the warp.
   __device__ __forceinline__ static uint32_t bits_of_tokens(bool value, int i) {
+    const uint32_t lanes = __ballot_sync(kAllLanes, value);
+    if constexpr (kLaneEach) return lanes & 0xffff;
     // One bit of every eight, side by side.
-    const uint32_t four = __ballot_sync(kAllLanes, value) & 0x01010101;
-    return (four * 0x10204080 >> 28) << 4 * i;
+    return ((lanes & 0x01010101) * 0x10204080 >> 28) << 4 * i;
   }
 
   // Finds the tokens of a block. Returns what is to be said of it: a bit for each token of this

@@ -1,0 +1,98 @@
+// What the warpgroups of decode over V3.2 caches with simple scales have in common.
+#pragma once
+
+#include "sm90/decode/fp8_operands.cuh"
+#include "sm90/fp8_power_decode/storage.cuh"
+
+namespace flashmla::sm90::fp8_power_decode {
+
+// Of the 64 rows of a tile a thread has to do with two of every eight, 8 * j + 2 * (lane % 4) + e
+// at 2 * j + e.
+constexpr int kThreadRows = kRows / 4;
+constexpr int kAccumulators = kRows / 2;
+
+template <typename P>
+class Warpgroup {
+ public:
+  __device__ __forceinline__ Warpgroup(const KernelParams<P>& kp, SharedStorage<P>& smem,
+                                       int warpgroup)
+      : kp_(kp), smem_(smem), warpgroup_(warpgroup) {
+    lane_ = ptx::lane_id();
+    warp_ = __shfl_sync(0xffffffff, threadIdx.x % 128 / 32, 0);
+  }
+
+ protected:
+  // Of its kind: 0 or 1.
+  __device__ __forceinline__ int group() const { return warpgroup_ % 2; }
+  // In the warpgroup.
+  __device__ __forceinline__ int thread() const { return warp_ * 32 + lane_; }
+  __device__ __forceinline__ void barrier_of_group() const {
+    ptx::named_barrier_sync(kBarrierMathGroup + warpgroup_, 128);
+  }
+
+  // Calls body(piece) for each piece of the part.
+  template <typename Body>
+  __device__ __forceinline__ void for_each_piece(const Body& body) const {
+    smem_.pieces[warpgroup_].for_each(
+        kp_, smem_.place.part, thread(), [&] { barrier_of_group(); }, body);
+  }
+
+  // Of the barriers that are used once in each piece with blocks.
+  __device__ __forceinline__ uint32_t piece_parity() const {
+    return smem_.pieces[warpgroup_].pieces & 1 ^ 1;
+  }
+
+  // What is worked out from these would be kept, and registers are scarce.
+  __device__ __forceinline__ void forget_addresses() {
+    lane_ = ptx::opaque(lane_);
+    warp_ = ptx::opaque(warp_);
+  }
+
+  __device__ __forceinline__ int first_row() const { return smem_.place.row_tile * kRows; }
+  // This thread's row i of the tile.
+  __device__ __forceinline__ int row(int i) const { return i / 2 * 8 + lane_ % 4 * 2 + i % 2; }
+  // The row, of this thread's, that an accumulator belongs to.
+  __device__ __forceinline__ static constexpr int row_of(int i) { return i / 4 * 2 + i % 2; }
+  __device__ __forceinline__ uint32_t tokens_of(int number) const {
+    return ptx::smem_address(smem_.tokens[0]) + number % P::kStages * P::kBlockBytes;
+  }
+  // P of a block.
+  __device__ __forceinline__ uint32_t p_address(int number) const {
+    return ptx::smem_address(smem_.p[0]) + number % P::kWeightBuffers * kSubTileBytes;
+  }
+
+  // What shared memory has of this thread's rows.
+  struct Rows {
+    float of_row[kThreadRows];
+  };
+  __device__ __forceinline__ Rows load_rows(const float (&of_tile)[kRows]) const {
+    Rows rows;
+    const uint32_t address = ptx::smem_address(of_tile) + lane_ % 4 * sizeof(float2);
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+      const uint2 pair = ptx::ld_shared_8(address + j * 8 * sizeof(float));
+      rows.of_row[2 * j] = __uint_as_float(pair.x);
+      rows.of_row[2 * j + 1] = __uint_as_float(pair.y);
+    }
+    return rows;
+  }
+
+  // Maxima are numbered, over all pieces of the part.
+  __device__ __forceinline__ float (&maximum(int index) const)[kRows] {
+    return smem_.maxima[index % P::kMaxima];
+  }
+  // What turns weights below one maximum into weights below a later one.
+  __device__ __forceinline__ static float ratio(float old_max, float new_max) {
+    return old_max == new_max ? 1.f : ptx::exp2_approx(old_max - new_max);
+  }
+
+  const KernelParams<P>& kp_;
+  SharedStorage<P>& smem_;
+  int warpgroup_;
+  int lane_;
+  int warp_;
+  int max_index_ = 0;
+  int number_ = 0;  // of the next block, in the part
+};
+
+}  // namespace flashmla::sm90::fp8_power_decode
