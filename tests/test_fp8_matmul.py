@@ -70,16 +70,16 @@ def same_bits(got, want):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def flags_of(jaxpr):
-    """``fp8_matmul`` of every decode operation in a jaxpr, inner ones included."""
+def flags_of(jaxpr, name="fp8_matmul"):
+    """This flag of every decode operation in a jaxpr, inner ones included."""
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name.endswith("_decode"):
-            found.append(dict(eqn.params["static"])["fp8_matmul"])
+            found.append(dict(eqn.params["static"])[name])
         for value in eqn.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                found += flags_of(inner)
+                found += flags_of(inner, name)
     return found
 
 
@@ -267,9 +267,12 @@ def test_layers_pass_it_on(sparse):
     cache = core.empty_cache(LAYER, 4, 8, format="fp8_v32")
     x = jnp.ones((2, 1, 64), jnp.bfloat16)
     options = {"indices": jnp.array([[[9, 0]], [[19, -1]]], jnp.int32)} if sparse else {}
-    for more in ({}, {"fp8_matmul": True}):
+    names = ("fp8_matmul", "power_of_two_scales")
+    for given in ((), *((name,) for name in names), names):
+        more = dict.fromkeys(given, True)
         jaxpr = jax.make_jaxpr(layer_step(cache, **options, **more))(x)
-        assert flags_of(jaxpr.jaxpr) == ["fp8_matmul" in more]
+        for name in names:
+            assert flags_of(jaxpr.jaxpr, name) == [name in given]
 
 
 def test_layers_over_plain_caches_refuse_it():
