@@ -6,9 +6,11 @@ sees an access out of bounds, undefined behaviour, or a race within a CTA.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -44,17 +46,38 @@ def compiler() -> str | None:
     return path if int(version.stdout.split(".")[0]) >= 12 else None
 
 
-class Emulator:
-    """A build of the kernels with one sanitizer."""
+def _build(folder: Path, sanitizer: str) -> Path:
+    """The program, compiled in the folder unless another process has done so."""
+    program = folder / f"emulator-{sanitizer}"
+    options = ["-std=c++20", "-O1", "-g", "-pthread", "-fno-strict-aliasing", "-D__CUDACC__"]
+    options += SANITIZERS[sanitizer]
+    options += ["-include", "tests/emulation/simt.h", "-Itests/emulation", "-Icsrc"]
 
-    def __init__(self, folder: Path, sanitizer: str):
-        self.folder = folder
-        self.program = folder / "emulator"
-        options = ["-std=c++20", "-O1", "-g", "-pthread", "-fno-strict-aliasing", "-D__CUDACC__"]
-        options += SANITIZERS[sanitizer]
-        options += ["-include", "tests/emulation/simt.h", "-Itests/emulation", "-Icsrc"]
-        command = [compiler(), *options, "-x", "c++", *SOURCES, "-o", self.program]
+    def compile_one(number: int) -> Path:
+        target = folder / f"{sanitizer}-{number}.o"
+        command = [compiler(), *options, "-x", "c++", "-c", SOURCES[number], "-o", target]
         subprocess.run(command, cwd=ROOT, check=True)
+        return target
+
+    with open(folder / f"{sanitizer}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(compile_one, range(len(SOURCES))))
+            new = program.with_suffix(".new")
+            subprocess.run(
+                [compiler(), "-pthread", *SANITIZERS[sanitizer], *objects, "-o", new], check=True
+            )
+            new.rename(program)
+    return program
+
+
+class Emulator:
+    """A build of the kernels with one sanitizer. ``builds``: where processes share builds."""
+
+    def __init__(self, folder: Path, sanitizer: str, builds: Path):
+        self.folder = folder
+        self.program = _build(builds, sanitizer)
         # Some thread sanitizers cannot bear addresses that are as random as a system makes them.
         self.prefix: list[str] = []
         hello = subprocess.run([self.program], capture_output=True, text=True)

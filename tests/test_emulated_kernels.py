@@ -7,6 +7,7 @@ is needed, and shared memory holds garbage when a CTA starts.
 
 import dataclasses
 import functools
+import os
 
 import cases
 import fp8_oracle
@@ -27,8 +28,11 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ 12 or later")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The emulator with a sanitizer, compiled once."""
-    return functools.cache(lambda name: Emulator(tmp_path_factory.mktemp(name), name))
+    """The emulator with a sanitizer, compiled once for all processes of pytest-xdist."""
+    builds = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        builds = builds.parent
+    return functools.cache(lambda name: Emulator(tmp_path_factory.mktemp(name), name, builds))
 
 
 @pytest.fixture(params=SANITIZERS)
