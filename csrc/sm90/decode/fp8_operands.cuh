@@ -14,6 +14,17 @@ namespace flashmla::sm90::decode {
 // lanes, which load 32 bytes of four neighbouring rows, find them in different banks.
 __device__ __forceinline__ int token_of_row(int row) { return (row & 3) * 2 + (row >> 2); }
 
+// Waits for a block of a part. A warpgroup sees every second or third one, so it may be here before
+// the last block in this place has come: blocks come in any order. Parity does not tell that from
+// two blocks later, so it waits until that one was given back, too.
+template <typename P>
+__device__ __forceinline__ void wait_for_block(SharedStorage<P>& smem, int number) {
+  const int stage = number % P::kStages;
+  const uint32_t parity = number / P::kStages & 1;
+  ptx::mbarrier_wait(&smem.empty[stage], parity ^ 1);
+  ptx::mbarrier_wait(&smem.full[stage], parity);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Scales
 // ---------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class MathGroup {
     const int number = to_number_ + block;
     const int stage = number % P::kStages;
     const uint32_t tokens = ptx::smem_address(smem_.tokens[0]) + stage * P::kBlockBytes;
-    wait_full(number, stage);
+    wait_for_block(smem_, number);
     TokenScales<P> scales[2];
     load_scales(tokens, stage, scales);
     float s[kAccumulators];
@@ -100,15 +100,6 @@ class MathGroup {
     } else {
       values<false>(tokens, stage);
     }
-  }
-
-  // A warpgroup sees every second or third block, so it may be here before the last block in this
-  // place has come: blocks come in any order. Parity does not tell that from two blocks later, so
-  // it waits until that one was given back, too.
-  __device__ __forceinline__ void wait_full(int number, int stage) const {
-    const uint32_t parity = number / P::kStages & 1;
-    ptx::mbarrier_wait(&smem_.empty[stage], parity ^ 1);
-    ptx::mbarrier_wait(&smem_.full[stage], parity);
   }
 
   // --- scores -----------------------------------------------------------------------------------

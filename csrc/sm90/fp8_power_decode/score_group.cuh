@@ -75,16 +75,6 @@ class ScoreGroup : Warpgroup<P> {
 
   // --- blocks -----------------------------------------------------------------------------------
 
-  // A warpgroup sees every second block, so it may be here before the last block in this place has
-  // come: blocks come in any order. Parity does not tell that from two blocks later, so it waits
-  // until that one was given back, too.
-  __device__ __forceinline__ void wait_full() const {
-    const int stage = number_ % P::kStages;
-    const uint32_t parity = number_ / P::kStages & 1;
-    ptx::mbarrier_wait(&smem_.empty[stage], parity ^ 1);
-    ptx::mbarrier_wait(&smem_.full[stage], parity);
-  }
-
   // Of this thread's two tokens.
   __device__ __forceinline__ void load_scales(TokenScales<P> (&scales)[2]) const {
 #pragma unroll
@@ -96,7 +86,7 @@ class ScoreGroup : Warpgroup<P> {
   // Block `number_` of the part, block `block` of the request.
   __device__ __forceinline__ void attend(int block, bool follows) {
     Base::forget_addresses();
-    wait_full();
+    wait_for_block(smem_, number_);
     {
       TokenScales<P> scales[2];
       load_scales(scales);
