@@ -264,6 +264,30 @@ __device__ __forceinline__ void interleave(float (&out)[kAccumulators], int lane
 }
 
 // ---------------------------------------------------------------------------------------------
+// Accumulators
+// ---------------------------------------------------------------------------------------------
+
+// What shared memory has of a thread's rows of the problem, which are the columns of its
+// accumulators: two of every eight, 8 * j + 2 * (lane % 4) + e at 2 * j + e.
+template <int kTileRows>
+struct RowsOfThread {
+  float of_row[kTileRows / 4];
+};
+template <int kTileRows>
+__device__ __forceinline__ RowsOfThread<kTileRows> load_rows(const float (&of_tile)[kTileRows],
+                                                             int lane) {
+  RowsOfThread<kTileRows> rows;
+  const uint32_t address = ptx::smem_address(of_tile) + lane % 4 * sizeof(float2);
+#pragma unroll
+  for (int j = 0; j < kTileRows / 8; ++j) {
+    const uint2 pair = ptx::ld_shared_8(address + j * 8 * sizeof(float));
+    rows.of_row[2 * j] = __uint_as_float(pair.x);
+    rows.of_row[2 * j + 1] = __uint_as_float(pair.y);
+  }
+  return rows;
+}
+
+// ---------------------------------------------------------------------------------------------
 // Queries
 // ---------------------------------------------------------------------------------------------
 

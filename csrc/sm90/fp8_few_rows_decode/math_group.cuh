@@ -160,7 +160,7 @@ class MathGroup {
     wait_for_all(a);
     wgmma::hold(s);
     if constexpr (kSimple) {
-      const Rows factors = load_rows(smem_.q_factor);
+      const Rows factors = load_rows(smem_.q_factor, lane_);
 #pragma unroll
       for (int i = 0; i < kAccumulators; ++i) s[i] *= factors.of_row[row_of(i)];
     }
@@ -233,21 +233,7 @@ class MathGroup {
     }
   }
 
-  // What shared memory has of this thread's rows.
-  struct Rows {
-    float of_row[kThreadRows];
-  };
-  __device__ __forceinline__ Rows load_rows(const float (&of_tile)[kTileRows]) const {
-    Rows rows;
-    const uint32_t address = ptx::smem_address(of_tile) + lane_ % 4 * sizeof(float2);
-#pragma unroll
-    for (int j = 0; j < kTileRows / 8; ++j) {
-      const uint2 pair = ptx::ld_shared_8(address + j * 8 * sizeof(float));
-      rows.of_row[2 * j] = __uint_as_float(pair.x);
-      rows.of_row[2 * j + 1] = __uint_as_float(pair.y);
-    }
-    return rows;
-  }
+  using Rows = RowsOfThread<kTileRows>;
 
   // Weights are at most 2^kSlack before the maximum is moved: as exact as up to 1, and the output
   // need hardly ever be rescaled.
@@ -256,7 +242,7 @@ class MathGroup {
   // Turns s into P, sums up, and stores P, rounded.
   __device__ __forceinline__ void softmax(float (&s)[kAccumulators], bool simple) {
     const float multiplier = scale_log2() > 0.f ? scale_log2() : 1.f;
-    Rows max = load_rows(smem_.maxima[group_]);
+    Rows max = load_rows(smem_.maxima[group_], lane_);
     bool exceeds = false;
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {

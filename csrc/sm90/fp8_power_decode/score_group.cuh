@@ -16,7 +16,6 @@ class ScoreGroup : Warpgroup<P> {
   using Base::group;
   using Base::kp_;
   using Base::lane_;
-  using Base::load_rows;
   using Base::max_index_;
   using Base::maximum;
   using Base::number_;
@@ -208,8 +207,8 @@ class ScoreGroup : Warpgroup<P> {
   __device__ __forceinline__ void softmax(float (&s)[kAccumulators]) {
     bool exceeds = false;
     {
-      const Rows max = load_rows(maximum(max_index_));
-      const Rows multiplier = load_rows(smem_.q_factor);
+      const Rows max = load_rows(maximum(max_index_), lane_);
+      const Rows multiplier = load_rows(smem_.q_factor, lane_);
 #pragma unroll
       for (int i = 0; i < kThreadRows; ++i) {
         const int first = i / 2 * 4 + i % 2;
@@ -221,8 +220,8 @@ class ScoreGroup : Warpgroup<P> {
     if (moves) [[unlikely]]
       move_max(s);
     {
-      const Rows max = load_rows(maximum(max_index_));
-      const Rows multiplier = load_rows(smem_.q_factor);
+      const Rows max = load_rows(maximum(max_index_), lane_);
+      const Rows multiplier = load_rows(smem_.q_factor, lane_);
 #pragma unroll
       for (int i = 0; i < kAccumulators; ++i) {
         const int r = row_of(i);
@@ -240,7 +239,7 @@ class ScoreGroup : Warpgroup<P> {
 
   // Moves the maximum of the rows that exceed it by too much.
   __device__ __forceinline__ void move_max(const float (&s)[kAccumulators]) {
-    const Rows multiplier = load_rows(smem_.q_factor);
+    const Rows multiplier = load_rows(smem_.q_factor, lane_);
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
       const int first = i / 2 * 4 + i % 2;

@@ -13,7 +13,6 @@ class ValueGroup : Warpgroup<P> {
   using Base::first_row;
   using Base::kp_;
   using Base::lane_;
-  using Base::load_rows;
   using Base::max_index_;
   using Base::maximum;
   using Base::number_;
@@ -79,8 +78,8 @@ class ValueGroup : Warpgroup<P> {
 
   // From the maximum before the present one.
   __device__ __forceinline__ void rescale_output() {
-    const Rows max = load_rows(maximum(max_index_));
-    const Rows old = load_rows(maximum(max_index_ - 1));
+    const Rows max = load_rows(maximum(max_index_), lane_);
+    const Rows old = load_rows(maximum(max_index_ - 1), lane_);
 #pragma unroll
     for (int i = 0; i < kThreadRows; ++i) {
       const float factor = Base::ratio(old.of_row[i], max.of_row[i]);

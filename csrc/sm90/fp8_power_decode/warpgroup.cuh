@@ -61,21 +61,7 @@ class Warpgroup {
     return ptx::smem_address(smem_.p[0]) + number % P::kWeightBuffers * kSubTileBytes;
   }
 
-  // What shared memory has of this thread's rows.
-  struct Rows {
-    float of_row[kThreadRows];
-  };
-  __device__ __forceinline__ Rows load_rows(const float (&of_tile)[kRows]) const {
-    Rows rows;
-    const uint32_t address = ptx::smem_address(of_tile) + lane_ % 4 * sizeof(float2);
-#pragma unroll
-    for (int j = 0; j < kRows / 8; ++j) {
-      const uint2 pair = ptx::ld_shared_8(address + j * 8 * sizeof(float));
-      rows.of_row[2 * j] = __uint_as_float(pair.x);
-      rows.of_row[2 * j + 1] = __uint_as_float(pair.y);
-    }
-    return rows;
-  }
+  using Rows = RowsOfThread<kRows>;
 
   // Maxima are numbered, over all pieces of the part.
   __device__ __forceinline__ float (&maximum(int index) const)[kRows] {
