@@ -287,6 +287,49 @@ __device__ __forceinline__ RowsOfThread<kTileRows> load_rows(const float (&of_ti
   return rows;
 }
 
+// The row, of a thread's, that an accumulator belongs to.
+__device__ __forceinline__ constexpr int row_of(int i) { return i / 4 * 2 + i % 2; }
+
+// -inf for tokens that a row does not attend to, NaN for a block that cannot be loaded. `visible`:
+// dense, the tokens that each row attends to. token(h): of the block, of the thread's two; row(i):
+// of the tile, of the thread's.
+template <typename P, int kAccumulators, typename Token, typename Row>
+__device__ __forceinline__ void mask_scores(int block, uint2 marks, const int* visible, int warp,
+                                            const Token& token, const Row& row,
+                                            float (&s)[kAccumulators]) {
+  if constexpr (P::kSparse) {
+    if ((marks.x & marks.y) == 0xffffffff) [[likely]]
+      return;
+    const uint32_t exist = warp < 2 ? marks.x : marks.y;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (!(exist >> token(h) % 32 & 1)) {
+#pragma unroll
+        for (int i = 0; i < kAccumulators; ++i) {
+          if (i / 2 % 2 == h) s[i] = -INFINITY;
+        }
+      }
+    }
+    wgmma::hold(s);
+  } else {
+    if (marks.x != 0) [[unlikely]] {
+#pragma unroll
+      for (int i = 0; i < kAccumulators; ++i) s[i] = NAN;
+      wgmma::hold(s);
+    }
+    // The first row sees the fewest.
+    if ((block + 1) * kTokens > visible[0]) [[unlikely]] {
+#pragma unroll
+      for (int i = 0; i < kAccumulators; ++i) {
+        if (block * kTokens + token(i / 2 % 2) >= visible[row(row_of(i))]) {
+          s[i] = -INFINITY;
+        }
+      }
+      wgmma::hold(s);
+    }
+  }
+}
+
 // ---------------------------------------------------------------------------------------------
 // Queries
 // ---------------------------------------------------------------------------------------------

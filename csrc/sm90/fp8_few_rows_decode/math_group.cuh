@@ -190,9 +190,6 @@ class MathGroup {
 
   // --- softmax ----------------------------------------------------------------------------------
 
-  // The row, of this thread's, that an accumulator belongs to.
-  __device__ __forceinline__ static constexpr int row_of(int i) { return i / 4 * 2 + i % 2; }
-
   __device__ __forceinline__ void mask(int block, uint2 marks, float (&s)[kAccumulators]) const {
     if (!(scale_log2() > 0.f)) [[unlikely]] {
       // The largest score must become the largest exponent.
@@ -200,37 +197,9 @@ class MathGroup {
       for (int i = 0; i < kAccumulators; ++i) s[i] *= scale_log2();
       wgmma::hold(s);
     }
-    if constexpr (P::kSparse) {
-      if ((marks.x & marks.y) == 0xffffffff) [[likely]]
-        return;
-      const uint32_t exist = warp_ < 2 ? marks.x : marks.y;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (!(exist >> token(h) % 32 & 1)) {
-#pragma unroll
-          for (int i = 0; i < kAccumulators; ++i) {
-            if (i / 2 % 2 == h) s[i] = -INFINITY;
-          }
-        }
-      }
-      wgmma::hold(s);
-    } else {
-      if (marks.x != 0) [[unlikely]] {
-#pragma unroll
-        for (int i = 0; i < kAccumulators; ++i) s[i] = NAN;
-        wgmma::hold(s);
-      }
-      // The first row sees the fewest.
-      if ((block + 1) * kTokens > smem_.visible[group_][0]) [[unlikely]] {
-#pragma unroll
-        for (int i = 0; i < kAccumulators; ++i) {
-          if (block * kTokens + token(i / 2 % 2) >= smem_.visible[group_][row(row_of(i))]) {
-            s[i] = -INFINITY;
-          }
-        }
-        wgmma::hold(s);
-      }
-    }
+    mask_scores<P>(
+        block, marks, smem_.visible[group_], warp_, [&](int h) { return token(h); },
+        [&](int i) { return row(i); }, s);
   }
 
   using Rows = RowsOfThread<kTileRows>;

@@ -22,7 +22,6 @@ class ScoreGroup : Warpgroup<P> {
   using Base::p_address;
   using Base::ratio;
   using Base::row;
-  using Base::row_of;
   using Base::smem_;
   using Base::thread;
   using Base::warp_;
@@ -166,37 +165,9 @@ class ScoreGroup : Warpgroup<P> {
       for (int i = 0; i < kAccumulators; ++i) s[i] *= scale_log2();
       wgmma::hold(s);
     }
-    if constexpr (P::kSparse) {
-      if ((marks.x & marks.y) == 0xffffffff) [[likely]]
-        return;
-      const uint32_t exist = warp_ < 2 ? marks.x : marks.y;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (!(exist >> token(h) % 32 & 1)) {
-#pragma unroll
-          for (int i = 0; i < kAccumulators; ++i) {
-            if (i / 2 % 2 == h) s[i] = -INFINITY;
-          }
-        }
-      }
-      wgmma::hold(s);
-    } else {
-      if (marks.x != 0) [[unlikely]] {
-#pragma unroll
-        for (int i = 0; i < kAccumulators; ++i) s[i] = NAN;
-        wgmma::hold(s);
-      }
-      // The first row sees the fewest.
-      if ((block + 1) * kTokens > smem_.visible[0]) [[unlikely]] {
-#pragma unroll
-        for (int i = 0; i < kAccumulators; ++i) {
-          if (block * kTokens + token(i / 2 % 2) >= smem_.visible[row(row_of(i))]) {
-            s[i] = -INFINITY;
-          }
-        }
-        wgmma::hold(s);
-      }
-    }
+    mask_scores<P>(
+        block, marks, smem_.visible, warp_, [&](int h) { return token(h); },
+        [&](int i) { return row(i); }, s);
   }
 
   // Weights are at most 2^kSlack before the maximum is moved: as exact as up to 1, and the output

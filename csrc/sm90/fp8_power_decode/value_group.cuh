@@ -18,7 +18,6 @@ class ValueGroup : Warpgroup<P> {
   using Base::number_;
   using Base::p_address;
   using Base::row;
-  using Base::row_of;
   using Base::smem_;
   using Base::thread;
   using Base::warp_;

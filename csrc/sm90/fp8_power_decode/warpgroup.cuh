@@ -51,8 +51,6 @@ class Warpgroup {
   __device__ __forceinline__ int first_row() const { return smem_.place.row_tile * kRows; }
   // This thread's row i of the tile.
   __device__ __forceinline__ int row(int i) const { return i / 2 * 8 + lane_ % 4 * 2 + i % 2; }
-  // The row, of this thread's, that an accumulator belongs to.
-  __device__ __forceinline__ static constexpr int row_of(int i) { return i / 4 * 2 + i % 2; }
   __device__ __forceinline__ uint32_t tokens_of(int number) const {
     return ptx::smem_address(smem_.tokens[0]) + number % P::kStages * P::kBlockBytes;
   }
