@@ -253,14 +253,19 @@ def _check_query(q: Any, cache: _Cache, head_dim_v: Any) -> int:
     return head_dim_v
 
 
-def _check_fp8_matmul(cache: _Cache) -> None:
-    """Checks that products in FP8 can be had over this cache."""
+def _check_not_plain(cache: _Cache, argument: str, expected: str) -> None:
+    """Checks that the cache is one that the argument, which is True, can be for."""
     if cache.format == "plain":
         raise ValueError(
-            f"{_NAME}: argument 'fp8_matmul' is True, but 'k_cache' is a "
+            f"{_NAME}: argument '{argument}' is True, but 'k_cache' is a "
             f"{np.dtype(cache.data.dtype).name} cache of shape {tuple(cache.data.shape)}; expected "
-            "fp8_matmul=False or a V3.2 FP8 cache, whose codes are what is multiplied"
+            f"{argument}=False or {expected}"
         )
+
+
+def _check_fp8_matmul(cache: _Cache) -> None:
+    """Checks that products in FP8 can be had over this cache."""
+    _check_not_plain(cache, "fp8_matmul", "a V3.2 FP8 cache, whose codes are what is multiplied")
     if cache.format != "fp8_v32":
         raise NotImplementedError(
             f"{_NAME}: 'fp8_matmul' supports caches of format 'fp8_v32'; 'k_cache' is "
@@ -416,12 +421,8 @@ def flash_mla_with_kvcache(
     head_dim_v = _check_query(q, cache, head_dim_v)
     if fp8_matmul:
         _check_fp8_matmul(cache)
-    if power_of_two_scales and cache.format == "plain":
-        raise ValueError(
-            f"{_NAME}: argument 'power_of_two_scales' is True, but 'k_cache' is a "
-            f"{np.dtype(cache.data.dtype).name} cache of shape {tuple(cache.data.shape)}; expected "
-            "power_of_two_scales=False or an FP8 cache, which has scales"
-        )
+    if power_of_two_scales:
+        _check_not_plain(cache, "power_of_two_scales", "an FP8 cache, which has scales")
     b, _, h_q, d = q.shape
     if softmax_scale is None:
         softmax_scale = d**-0.5

@@ -16,6 +16,7 @@
 
 #include "common/dependent_launch.cuh"
 #include "common/final_row.cuh"
+#include "common/most_blocks.h"
 #include "common/partial_results.h"
 #include "common/ptx.cuh"
 #include "common/quad.cuh"
@@ -303,12 +304,7 @@ int64_t most_ctas(const DecodeParams& p) {
   constexpr int kCtasOfMultiprocessor = 2;
   const int row_tiles =
       p.slices * schedule::ceil_div(partial::rows_of_slice(p), schedule::kRowTileRows);
-  int64_t blocks = 0;
-  for (const RunLengths& run : p.runs) {
-    const int64_t most = std::min<int64_t>(std::max<int64_t>(run.most, 0), INT32_MAX);
-    blocks += schedule::blocks_of(static_cast<int>(most));
-  }
-  blocks = std::min<int64_t>(blocks * p.batch, INT32_MAX);
+  const int64_t blocks = std::min<int64_t>(most_blocks(p), INT32_MAX);
   const int least = schedule::least_even_piece(static_cast<int>(blocks), row_tiles);
   const int64_t parts = std::min<int64_t>(blocks / least, p.num_parts);
   const bool half_is_free = parts * row_tiles <= kMultiprocessors / 2;

@@ -1,6 +1,4 @@
-#include <algorithm>
-#include <climits>
-
+#include "common/most_blocks.h"
 #include "sm90/decode/launch.cuh"
 #include "sm90/fp8_power_decode/fp8_power_decode.h"
 #include "sm90/fp8_power_decode/kernel.cuh"
@@ -28,12 +26,7 @@ bool takes(const DecodeParams& params) {
   // So many blocks for a CTA, as far as the host knows lengths: a piece begins and ends slowly.
   constexpr int kLeastBlocks = 7;
   const int row_tiles = schedule::ceil_div(rows, kRows);
-  int64_t blocks = 0;
-  for (const RunLengths& run : params.runs) {
-    const int64_t most = std::min<int64_t>(std::max<int64_t>(run.most, 0), INT32_MAX);
-    blocks += schedule::blocks_of(static_cast<int>(most));
-  }
-  return rows > 32 && blocks * params.batch >= int64_t{kLeastBlocks} * row_tiles * params.num_parts;
+  return rows > 32 && most_blocks(params) >= int64_t{kLeastBlocks} * row_tiles * params.num_parts;
 }
 
 Status launch(const DenseDecodeParams& params, cudaStream_t stream) {

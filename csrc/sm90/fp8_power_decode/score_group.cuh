@@ -99,7 +99,7 @@ class ScoreGroup : Warpgroup<P> {
     softmax(s);
   }
 
-  // NaN for scales that are not simple.
+  // NaN for scales that are not simple. They are loaded again, since registers are scarce.
   __device__ __forceinline__ void check_promise(float (&s)[kAccumulators]) const {
     TokenScales<P> scales[2];
     load_scales(scales);
