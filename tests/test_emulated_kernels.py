@@ -554,6 +554,23 @@ def test_a_scale_that_is_not_positive(emulator, name, promise, sign):
 
 
 @only_memory
+@pytest.mark.parametrize("h_q, promise", [(16, False), (40, True)])
+def test_bad_lengths_and_pages(emulator, h_q, promise):
+    """Requests that cannot be served are NaN, and no others."""
+    inputs = fp8_dense(h_q, "power", s_q=1, page_size=64, lengths=(400, 70, 250, 0))
+    inputs.cache_seqlens[3] = -3
+    inputs.cache_seqlens[1] = inputs.block_table.shape[1] * 64 + 1
+    inputs.block_table[2, 1] = len(inputs.data)
+    out, lse = decode(emulator, inputs, 1, promise=promise)
+    for bad in (1, 2):
+        assert np.isnan(out[bad].astype(np.float32)).all() and np.isnan(lse[bad]).all()
+    inputs.cache_seqlens[1:] = 0
+    want = inputs.expected()
+    for x, y, name in zip((out, lse), want, ("out", "lse"), strict=True):
+        oracle.check("dense_decode", name, x[[0, 3]], y[[0, 3]])
+
+
+@only_memory
 @pytest.mark.parametrize("token", [3, 200])
 def test_other_scales_than_promised_make_nan(emulator, token):
     inputs = fp8_dense(40, "power", s_q=1, page_size=64, lengths=(400, 70, 250))
