@@ -32,7 +32,8 @@ WEIGHT_ERROR = 2.0**-4 + 2.0**-10
 #: bit of e4m3 is 2^-9, half of it may be lost, the largest weight becomes 2^4 at least, and the
 #: largest scale 2^-1 at least.
 WEIGHT_FLOOR = 2.0**-10 / 2**4 * 2
-#: Sums of FP8 products, of their size: tensor cores keep about 13 bits of the largest term.
+#: Sums of FP8 products, of the size of what was summed up before, for each 128 columns more: tensor
+#: cores keep about 13 bits of it, and lose some four times, as they add up 32 columns at once.
 FP8_SUM = 2.0**-11
 #: Sums of bfloat16 products, and all that is done in float32.
 FLOAT32_SUM = 2.0**-18
@@ -130,12 +131,15 @@ def _attend(q, raw, scale, visible):
         return a @ b.T, np.sqrt((a * a) @ (b * b).T)
 
     latent = rounded_queries(q[:, :LATENT])
-    scores, size = products(q[:, LATENT:], rope)
-    slack = FLOAT32_SUM * (np.abs(scores) + size)
+    rope_scores, size = products(q[:, LATENT:], rope)
+    slack = FLOAT32_SUM * (np.abs(rope_scores) + size)
+    scores, squares = np.zeros_like(slack), np.zeros_like(slack)
     for tile in range(4):
         part, size = products(latent[:, TILES[tile]], codes[:, TILES[tile]])
         scores += part * scales[:, tile]
-        slack += FP8_SUM * (np.abs(part) + size) * scales[:, tile]
+        squares += np.square(size * scales[:, tile])
+        slack += FP8_SUM * (np.abs(scores) + np.sqrt(squares))
+    scores += rope_scores
     slack = abs(scale) * slack + FLOAT32_SUM * np.abs(scale * scores)
     scores = np.where(visible, scale * scores, -np.inf)
     scores[~sees] = 0  # only so that it is a number

@@ -364,23 +364,34 @@ def test_nothing_is_merged_by_a_broken_schedule(emulator, name, seed):
 FORMATS = {"plain": 0, "fp8_v32": 1, "fp8_v4": 2}
 
 
-def decode(emulator, inputs, parts, fp8_matmul=False, sign=1, late_copies=0, promise=False):
+def decode(
+    emulator,
+    inputs,
+    parts,
+    fp8_matmul=False,
+    sign=1,
+    late_copies=0,
+    promise=False,
+    invariant_parts=None,
+):
     """``(out, lse)`` of dense or sparse decode: plan, attention, merge. ``sign``: of the scale.
 
     ``late_copies``: each so many-th copy comes as late as it can, the last of them first.
-    ``promise``: that scales are powers of two.
+    ``promise``: that scales are powers of two. ``invariant_parts``: where parts begin, (request,
+    unit) each, of a schedule with ``batch_invariant``.
     """
     case, sparse = inputs.case, isinstance(inputs.case, SparseCase)
     b, s_q, h_q, d = inputs.q.shape
     h_kv = 1 if sparse else case.h_kv
     slices = s_q if sparse else h_kv
     rows = s_q * h_q // slices
-    slabs = 2 * parts * slices * -(-rows // 16)
+    slots = 2 * parts if invariant_parts is None else 16 * b
+    slabs = slots * slices * -(-rows // 16)
     numbers = {
         "batch": b,
         "num_parts": parts,
         "row_tiles": slices * -(-rows // 64),
-        "batch_invariant": False,
+        "batch_invariant": invariant_parts is not None,
         "sparse": sparse,
     }
     arrays = {"schedule": np.zeros((parts, 8), np.int32), "num_splits": np.zeros(b + 1, np.int32)}
@@ -391,6 +402,9 @@ def decode(emulator, inputs, parts, fp8_matmul=False, sign=1, late_copies=0, pro
     else:
         arrays |= {"lengths": inputs.cache_seqlens, "extra_lengths": None}
     emulator.run("plan", arrays, **numbers)
+    if invariant_parts is not None:
+        begins = np.int32([*invariant_parts, (b, 0)])
+        arrays["schedule"][:, :4] = np.concatenate([begins[:-1], begins[1:]], axis=1)
     if sparse:
         arrays |= {
             "k_cache": cache.data,
@@ -439,7 +453,7 @@ def decode(emulator, inputs, parts, fp8_matmul=False, sign=1, late_copies=0, pro
         heads_kv=h_kv,
         head_dim=d,
         head_dim_v=512,
-        num_slots=2 * parts,
+        num_slots=slots,
         format=FORMATS[cache_format],
         fp8_matmul=fp8_matmul,
         power_of_two_scales=promise,
@@ -501,7 +515,12 @@ PROMISES = {
 }
 FP8_PRODUCTS = {
     "dense": (lambda: fp8_dense(20, "arbitrary"), 2),
-    "sparse": (lambda: sparse(20, scales="arbitrary", **EXTRA), 3),
+    "dense, a part": (
+        lambda: fp8_dense(40, "power", s_q=1, page_size=64, scores="rising"),
+        1,
+    ),
+    "dense, row tiles": (lambda: fp8_dense(35, "arbitrary", page_size=53), 3),
+    "sparse": (lambda: sparse(40, scales="arbitrary", **EXTRA), 3),
 }
 
 
@@ -515,8 +534,13 @@ def check_decode(emulator, name, promise=False):
 def check_fp8_products(emulator, name):
     build, parts = FP8_PRODUCTS[name]
     inputs = build()
-    want = getattr(fp8_oracle, f"{name}_decode")(inputs)
-    fp8_oracle.check(want, decode(emulator, inputs, parts, fp8_matmul=True), name)
+    check_products(inputs, decode(emulator, inputs, parts, fp8_matmul=True))
+
+
+def check_products(inputs, got):
+    is_sparse = isinstance(inputs.case, SparseCase)
+    model = fp8_oracle.sparse_decode if is_sparse else fp8_oracle.dense_decode
+    fp8_oracle.check(model(inputs), got, inputs.case.name)
 
 
 @only_memory
@@ -554,14 +578,18 @@ def test_a_scale_that_is_not_positive(emulator, name, promise, sign):
 
 
 @only_memory
-@pytest.mark.parametrize("h_q, promise", [(16, False), (40, True)])
-def test_bad_lengths_and_pages(emulator, h_q, promise):
+@pytest.mark.parametrize(
+    "h_q, options", [(16, {}), (40, {"promise": True}), (40, {"fp8_matmul": True})]
+)
+def test_bad_lengths_and_pages(emulator, h_q, options):
     """Requests that cannot be served are NaN, and no others."""
     inputs = fp8_dense(h_q, "power", s_q=1, page_size=64, lengths=(400, 70, 250, 0))
     inputs.cache_seqlens[3] = -3
     inputs.cache_seqlens[1] = inputs.block_table.shape[1] * 64 + 1
     inputs.block_table[2, 1] = len(inputs.data)
-    out, lse = decode(emulator, inputs, 1, promise=promise)
+    out, lse = decode(emulator, inputs, 1, **options)
+    if "fp8_matmul" in options:
+        return check_products(inputs, (out, lse))
     for bad in (1, 2):
         assert np.isnan(out[bad].astype(np.float32)).all() and np.isnan(lse[bad]).all()
     inputs.cache_seqlens[1:] = 0
@@ -620,6 +648,15 @@ def test_fp8_products_agree_with_their_oracle(emulator, name):
     check_fp8_products(emulator, name)
 
 
+@only_memory
+@pytest.mark.parametrize("second", [(1, 0), (1, 5), (2, 0)])
+def test_fp8_products_of_any_batch_invariant_partition(emulator, second):
+    """The second part may have nothing to do, though it begins inside a request."""
+    inputs = fp8_dense(40, "arbitrary", s_q=1, lengths=(64, 129))
+    got = decode(emulator, inputs, 2, fp8_matmul=True, invariant_parts=[(0, 0), second])
+    check_products(inputs, got)
+
+
 @pytest.mark.parametrize("emulator", ["races"], indirect=True)
 @pytest.mark.parametrize(
     "name",
@@ -645,6 +682,8 @@ LONG = {
     "sparse V4, 32 rows": lambda: sparse(20, "fp8_v4", b=1, topk=700, s_q=1),
     "FP8 dense, promise": lambda: fp8_dense(20, "power", lengths=(700, 90), page_size=64),
     "sparse V3.2, promise": lambda: sparse(40, b=1, topk=600, s_q=1),
+    "FP8 dense, products": lambda: fp8_dense(20, "arbitrary", lengths=(700, 90), page_size=64),
+    "sparse V3.2, products": lambda: sparse(40, b=1, topk=600, s_q=1, scales="arbitrary"),
 }
 
 
@@ -654,9 +693,12 @@ def test_copies_that_come_late(emulator, name):
     inputs = LONG[name]()
     op = "sparse_decode" if name.startswith("sparse") else "dense_decode"
     period = 61 if name.startswith("sparse") else 3
-    promise = name.endswith("promise")
-    got = decode(emulator, inputs, 1, late_copies=period, promise=promise)
-    oracle.check_decode(op, inputs, got)
+    options = {"promise": name.endswith("promise"), "fp8_matmul": name.endswith("products")}
+    got = decode(emulator, inputs, 1, late_copies=period, **options)
+    if options["fp8_matmul"]:
+        check_products(inputs, got)
+    else:
+        oracle.check_decode(op, inputs, got)
 
 
 @pytest.mark.parametrize("emulator", ["races"], indirect=True)
@@ -666,5 +708,6 @@ def test_power_of_two_scales_have_no_races(emulator, name):
 
 
 @pytest.mark.parametrize("emulator", ["races"], indirect=True)
-def test_fp8_products_have_no_races(emulator):
-    check_fp8_products(emulator, "sparse")
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_fp8_products_have_no_races(emulator, name):
+    check_fp8_products(emulator, name)

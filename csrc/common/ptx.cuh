@@ -30,6 +30,9 @@ __device__ __forceinline__ int lane_id() {
   return lane;
 }
 
+// The same number in all lanes, which the compiler is told: it may take a uniform register for it.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_max_sync(0xffffffff, x); }
+
 // The same number, but the compiler does not know where it comes from.
 __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   uint32_t y;
@@ -281,6 +284,10 @@ __device__ __forceinline__ void st_shared_4(uint32_t address, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
+__device__ __forceinline__ void st_shared_8(uint32_t address, uint32_t x, uint32_t y) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
+}
+
 __device__ __forceinline__ void st_shared_16(uint32_t address, uint32_t r0, uint32_t r1,
                                              uint32_t r2, uint32_t r3) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r0), "r"(r1), "r"(r2),
@@ -299,6 +306,12 @@ __device__ __forceinline__ void st_shared_zero_16(uint32_t address) {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -332,10 +345,17 @@ __device__ __forceinline__ void e4m3_to_f16(uint32_t codes, uint32_t& lo, uint32
       : "r"(codes));
 }
 
-// Two e4m3 codes of a pair of fp16, saturated.
-__device__ __forceinline__ uint32_t f16_to_e4m3(uint32_t pair) {
-  uint16_t codes;
-  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(codes) : "r"(pair));
+// Four floats as e4m3 codes, saturated, the first one lowest.
+__device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+  uint32_t codes;
+  asm("{\n"
+      ".reg .b16 lo, hi;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;\n"
+      "mov.b32 %0, {lo, hi};\n"
+      "}\n"
+      : "=r"(codes)
+      : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
   return codes;
 }
 

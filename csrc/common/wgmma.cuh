@@ -143,18 +143,19 @@ __device__ __forceinline__ void hold(float (&registers)[kCount]) {
 FLASHMLA_DEFINE_WGMMA(__nv_bfloat16, "bf16")
 FLASHMLA_DEFINE_WGMMA(__half, "f16")
 
-// The same for e4m3, 32 elements of the reduction axis. All operands are K-major, as they must be.
+// d (+)= A B^T for e4m3, 32 elements of the reduction axis, A in registers, B in shared memory
+// (K-major, as it must be).
 //
 // Sums of such products are known to keep about 14 bits on sm_90, so only few of them should go to
 // one accumulator.
-__device__ __forceinline__ void m64n32k32_e4m3_ss(float (&d)[16], uint64_t a, uint64_t b,
-                                                  bool accumulate) {
+__device__ __forceinline__ void m64n32k32_e4m3_rs(float (&d)[16], const uint32_t (&a)[4],
+                                                  uint64_t b, bool accumulate) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {" FLASHMLA_REGISTERS_32
-      "}, %16, %17, p, 1, 1;\n}\n"
+      "}, {%16, %17, %18, %19}, %20, p, 1, 1;\n}\n"
       : FLASHMLA_ACC_8(d, 0), FLASHMLA_ACC_8(d, 8)
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
 __device__ __forceinline__ void m64n64k32_e4m3_rs(float (&d)[32], const uint32_t (&a)[4],

@@ -13,8 +13,7 @@
 #include "launch.h"
 #include "sm90/dense_decode/launch.cuh"
 #include "sm90/fp8_few_rows_decode/fp8_few_rows_decode.h"
-#include "sm90/fp8_matmul_decode/fp8_matmul_decode.h"
-#include "sm90/fp8_power_decode/fp8_power_decode.h"
+#include "sm90/fp8_many_rows_decode/fp8_many_rows_decode.h"
 #include "sm90/gathered_decode/launch.cuh"
 
 namespace {
@@ -121,20 +120,18 @@ Status launch(const DenseDecodeParams& p) {
   if (p.format == CacheFormat::kPlain) {
     return sm90::dense_decode::launch<__nv_bfloat16, 576, 512>(p, nullptr);
   }
-  if (p.power_of_two_scales) return sm90::fp8_power_decode::launch(p, nullptr);
-  return p.fp8_matmul ? sm90::fp8_matmul_decode::launch(p, nullptr)
-                      : sm90::fp8_few_rows_decode::launch(p, nullptr);
+  if (p.fp8_matmul || p.power_of_two_scales) return sm90::fp8_many_rows_decode::launch(p, nullptr);
+  return sm90::fp8_few_rows_decode::launch(p, nullptr);
 }
 Status launch(const SparseDecodeParams& p) {
   if (p.format == CacheFormat::kPlain) {
     return sm90::gathered_decode::launch<__nv_bfloat16, 576, true, CacheFormat::kPlain>(p, nullptr);
   }
-  if (p.power_of_two_scales) return sm90::fp8_power_decode::launch(p, nullptr);
+  if (p.fp8_matmul || p.power_of_two_scales) return sm90::fp8_many_rows_decode::launch(p, nullptr);
   if (p.format == CacheFormat::kFp8V4 && !sm90::fp8_few_rows_decode::takes(p)) {
     return sm90::gathered_decode::launch<__nv_bfloat16, 512, true, CacheFormat::kFp8V4>(p, nullptr);
   }
-  return p.fp8_matmul ? sm90::fp8_matmul_decode::launch(p, nullptr)
-                      : sm90::fp8_few_rows_decode::launch(p, nullptr);
+  return sm90::fp8_few_rows_decode::launch(p, nullptr);
 }
 
 // Attention, dense or sparse, and its merge.

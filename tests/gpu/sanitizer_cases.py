@@ -464,12 +464,12 @@ _fp8_matmul(
     batch_invariant=True,
 )
 _fp8_matmul(
-    "fp8-matmul-sparse-20-heads",
+    "fp8-matmul-sparse-40-heads",
     SparseCase(
         "",
         3,
         200,
-        20,
+        40,
         s_q=2,
         slots=305,
         page_size=61,

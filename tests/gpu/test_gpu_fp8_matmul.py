@@ -92,7 +92,8 @@ def problem(kind, name="all", **changes):
         )
         return build_fp8_dense(dataclasses.replace(case, **changes))
     case = next(c for c in sparse_cases.sparse_kinds() if c.name == "v32-arbitrary-all")
-    return cases.build_sparse(dataclasses.replace(case, name=f"fp8mm-{name}", **changes))
+    changes = {"name": f"fp8mm-{name}", "h_q": 40} | changes
+    return cases.build_sparse(dataclasses.replace(case, **changes))
 
 
 @functools.cache
@@ -154,7 +155,7 @@ def test_kernel_agrees_with_oracle(kind):
 
 
 @BOTH
-@pytest.mark.parametrize("h_q", [16, 128])
+@pytest.mark.parametrize("h_q", [48, 128])
 @pytest.mark.parametrize(
     "scores,scales",
     [("flat", "power"), ("flat", "arbitrary"), ("peaked3", "power"), ("peaked10", "arbitrary")],
@@ -176,6 +177,15 @@ def test_beside_the_kernel_without_it(kind, scores, scales, h_q):
     if scores == "flat":
         np.testing.assert_allclose(got[1], exact[1], rtol=0, atol=FLAT_LSE)
     check(inputs, got)
+
+
+@BOTH
+def test_few_rows_take_the_kernel_without_it(kind):
+    """Up to 32 of them: heads, or if dense, heads times query tokens."""
+    heads = {"dense": (1, 16), "sparse": (1, 32)}[kind]
+    for h_q in heads:
+        inputs = problem(kind, f"few{h_q}", h_q=h_q)
+        same_bits(launch(inputs), launch(inputs, fp8_matmul=False), h_q)
 
 
 def test_schedules_of_the_public_function():
@@ -214,7 +224,8 @@ def test_sizes_of_zero(kind, empty):
             "extra_topk_length": None,
         }
     out, lse = run(call, implementation="cuda", fp8_matmul=True)
-    assert out.shape == (b, s_q, 20, 512) and lse.shape == (b, 20, s_q)
+    h_q = inputs.q.shape[2]
+    assert out.shape == (b, s_q, h_q, 512) and lse.shape == (b, h_q, s_q)
     if empty in ("columns", "pages"):
         there = inputs.cache_seqlens > 0 if kind == "dense" else np.zeros(4, bool)
         assert is_nan(out[there]).all() and is_nan(lse[there]).all()
@@ -224,7 +235,7 @@ def test_sizes_of_zero(kind, empty):
 # ------------------------------------------------------------------ shapes
 
 DENSE_SHAPES = {
-    "h_q": (1, 16, 64, 65, 128),
+    "h_q": (33, 48, 64, 65, 128),
     "s_q": (1, 2, 3),
     "page_size": (1, 16, 53, 64),
     "lengths": ((0, 1, 63, 64, 65, 1000), (1000, 65, 2, 0, 128, 64)),
@@ -256,7 +267,7 @@ def test_dense_shapes(point):
 
 
 SPARSE_SHAPES = {
-    "h_q": (1, 16, 64, 65, 128),
+    "h_q": (33, 48, 64, 65, 128),
     "topk": (0, 1, 63, 64, 65, 130, 1000),
     "s_q": (1, 2),
     "page_size": (1, 16, 53, 64),
@@ -287,7 +298,7 @@ def test_sparse_shapes(point):
         fp8_oracle.check(expected, launch(inputs, **options), options)
 
 
-@pytest.mark.parametrize("h_q", [16, 128])
+@pytest.mark.parametrize("h_q", [40, 128])
 def test_every_length_around_a_block(h_q):
     around = [64 * blocks + more for blocks in range(3, 7) for more in (-1, 0, 1)]
     lengths = (*range(131), *around)
@@ -301,7 +312,7 @@ def test_every_length_around_a_block(h_q):
 def test_every_number_of_choices_around_a_block():
     """Of the first cache, and what is left of 130 of the extra one."""
     lengths = np.arange(131, dtype=np.int32)
-    inputs = problem("sparse", "around", b=131, topk=130, h_q=8, s_q=1)
+    inputs = problem("sparse", "around", b=131, topk=130, h_q=40, s_q=1)
     inputs = sparse_cases.repaired(inputs)
     for extra in (np.zeros_like(lengths), 130 - lengths):
         changed = dataclasses.replace(inputs, topk_length=lengths, extra_topk_length=extra)
@@ -314,7 +325,7 @@ def test_every_number_of_choices_around_a_block():
 def test_many_tokens(kind):
     """Nothing adds up in accumulators that have few bits."""
     if kind == "dense":
-        case = DenseCase("fp8mm-long", 2, 0, 16, s_q=2, causal=True, lengths=(20_001, 9000))
+        case = DenseCase("fp8mm-long", 2, 0, 17, s_q=2, causal=True, lengths=(20_001, 9000))
         inputs = build_fp8_dense(case)
     else:
         case = SparseCase("fp8mm-long", 2, 16384, 70, slots=20_032, cache_format="fp8_v32")
@@ -384,7 +395,7 @@ def test_rising_and_falling_maxima(kind, order):
         inputs = problem(kind, "rising", scores="rising", lengths=(1500, 0, 1000, 64))
     else:
         case = SparseCase(
-            "fp8mm-rising", 2, 1500, 20, s_q=2, slots=1024, cache_format="fp8_v32", topk_length=True
+            "fp8mm-rising", 2, 1500, 40, s_q=2, slots=1024, cache_format="fp8_v32", topk_length=True
         )
         inputs = sparse_cases.build_rising(case)
         lengths = np.int32([1500, 1000])
@@ -799,7 +810,8 @@ def test_attention_sinks(kind):
     bare = launch(dataclasses.replace(inputs, attn_sink=None))
     check(dataclasses.replace(inputs, attn_sink=None), bare)
     for value in (np.inf, -np.inf, 0.5, 1000.0, -1000.0):
-        changed = dataclasses.replace(inputs, attn_sink=np.full(20, value, np.float32))
+        sink = np.full(inputs.q.shape[2], value, np.float32)
+        changed = dataclasses.replace(inputs, attn_sink=sink)
         got = launch(changed)
         check(changed, got, value)
         np.testing.assert_array_equal(got[1], bare[1])
@@ -821,7 +833,7 @@ def picked(inputs, requests):
 
 
 @BOTH
-@pytest.mark.parametrize("h_q", [16, 70, 128])
+@pytest.mark.parametrize("h_q", [40, 70, 128])
 def test_batch_invariant_results_have_the_same_bits(kind, h_q):
     """Alone, at any place in any batch, and with any number of parts."""
     if kind == "dense":
@@ -841,7 +853,7 @@ def test_batch_invariant_results_have_the_same_bits(kind, h_q):
 
 
 @BOTH
-@pytest.mark.parametrize("h_q", [16, 128])
+@pytest.mark.parametrize("h_q", [40, 128])
 def test_repeated_runs_give_the_same_bits(kind, h_q):
     more = {"topk": 2000} if kind == "sparse" else {"lengths": (3000, 0, 64, 999)}
     repeated = launcher(problem(kind, f"repeated{h_q}", h_q=h_q, **more))

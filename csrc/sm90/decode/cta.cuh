@@ -83,11 +83,15 @@ struct SharedWalk {
     if (thread == 0) {
       new (walk) PieceWalk<P>(kp.p, part);
       pieces = 0;
+      end_number = 0;
     }
     while (true) {
       if (thread == 0) {
         more = reinterpret_cast<PieceWalk<P>*>(walk)->next(kp.p, piece);
-        if (more && piece.first_block < piece.end_block) ++pieces;
+        if (more && piece.first_block < piece.end_block) {
+          ++pieces;
+          end_number += piece.end_block - piece.first_block;
+        }
       }
       barrier();
       if (!more) break;
@@ -99,7 +103,8 @@ struct SharedWalk {
   alignas(8) uint8_t walk[sizeof(PieceWalk<P>)];
   schedule::Piece piece;
   bool more;
-  int pieces;  // with blocks, up to this one
+  int pieces;      // with blocks, up to this one
+  int end_number;  // of the blocks of these
 };
 
 // While nothing was attended the maximum is -inf, and -inf - -inf must not make a NaN.
@@ -195,6 +200,8 @@ class BlockStream {
     ++block_;
     while (block_ >= piece_.end_block) {
       if (!walk_.next(kp.p, piece_)) {
+        // Nor is there a later one: the walk may have left a piece there that is not this part's.
+        piece_.end_block = 0;
         result.flags = 0;
         return;
       }

@@ -168,9 +168,10 @@ __device__ __forceinline__ void set(uint32_t (&a)[4], uint32_t x0, uint32_t x1, 
 }
 
 // An operand is in use until here.
-__device__ __forceinline__ void hold(Operand& a) {
+template <int kSteps>
+__device__ __forceinline__ void hold(uint32_t (&a)[kSteps][4]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+  for (int i = 0; i < 4 * kSteps; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 __device__ __forceinline__ void wait_for(Operand& a) {
   wgmma::wait<kOperands - 1>();
@@ -335,18 +336,18 @@ __device__ __forceinline__ void mask_scores(int block, uint2 marks, const int* v
 // ---------------------------------------------------------------------------------------------
 
 // A row of queries, of which a lane has up to three chunks of 8 columns, 32 apart, as products want
-// it with simple scales: times a power of two, latent columns as fp16.
-template <typename P>
-struct SimpleRow {
+// it: times a power of two, so that the largest latent column lies in [2^kTop, 2^(kTop + 1)), but
+// none is made more than 2^kMost times as large. RoPE columns that are 2^kMargin times as large
+// count too, lest they become infinite. Defaults are for latent columns as fp16.
+template <typename P, int kTop = 14, int kMost = 40, int kMargin = 32>
+struct ScaledRow {
   static constexpr int kChunks = P::S::kDim / 8;
   static constexpr int kCodeChunks = P::kCodeTiles * kSubTileColumns / 8;
 
   float factor;
   float undo;  // undoes it; NaN if the row is not finite
 
-  // As fp16 the largest of a row lies in [2^14, 2^15), but none is made more than 2^40 times as
-  // large. RoPE columns that are 2^32 times as large count too, lest they become infinite.
-  __device__ __forceinline__ SimpleRow(const uint4 (&x)[3], int lane) {
+  __device__ __forceinline__ ScaledRow(const uint4 (&x)[3], int lane) {
     // Exponents of float32.
     uint32_t latent_most = 0, rope_most = 0;
 #pragma unroll
@@ -359,14 +360,18 @@ struct SimpleRow {
     latent_most = __reduce_max_sync(0xffffffff, latent_most);
     rope_most = __reduce_max_sync(0xffffffff, rope_most);
     const int exponent =
-        max(max(static_cast<int>(latent_most >> 7), static_cast<int>(rope_most >> 7) - 32),
-            127 + 14 - 40);
-    factor = __uint_as_float((2 * 127 + 14 - exponent) << 23);
-    undo = max(latent_most, rope_most) >= 0x7f80 ? NAN : __uint_as_float((exponent - 14) << 23);
+        max(max(static_cast<int>(latent_most >> 7), static_cast<int>(rope_most >> 7) - kMargin),
+            127 + kTop - kMost);
+    factor = __uint_as_float((2 * 127 + kTop - exponent) << 23);
+    undo = max(latent_most, rope_most) >= 0x7f80 ? NAN : __uint_as_float((exponent - kTop) << 23);
   }
 
   __device__ __forceinline__ uint4 chunk(const uint4& x, int number) const {
     return number < kCodeChunks ? scaled<__half>(x) : scaled<typename P::T>(x);
+  }
+  // A latent one as e4m3.
+  __device__ __forceinline__ uint2 codes(const uint4& x) const {
+    return {codes(x.x, x.y), codes(x.z, x.w)};
   }
 
  private:
@@ -374,6 +379,10 @@ struct SimpleRow {
   __device__ __forceinline__ uint4 scaled(const uint4& x) const {
     return {scaled_pair<To>(x.x, factor), scaled_pair<To>(x.y, factor),
             scaled_pair<To>(x.z, factor), scaled_pair<To>(x.w, factor)};
+  }
+  __device__ __forceinline__ uint32_t codes(uint32_t first, uint32_t second) const {
+    const float2 x = unpacked(first), y = unpacked(second);
+    return ptx::pack_e4m3(x.x * factor, x.y * factor, y.x * factor, y.y * factor);
   }
 };
 

@@ -378,7 +378,7 @@ class MathGroup {
   // its end.
   __device__ __forceinline__ void prepare_queries(const schedule::Piece& piece) {
     constexpr int kRowsAtOnce = 2;
-    constexpr int kChunks = SimpleRow<P>::kChunks;
+    constexpr int kChunks = ScaledRow<P>::kChunks;
     const int64_t first_row =
         (static_cast<int64_t>(piece.request) * kp_.p.slices + smem_.place.slice) * kp_.rows;
 #pragma unroll 1
@@ -401,7 +401,7 @@ class MathGroup {
         const int row = first + i;
         const uint32_t tile_row = ptx::smem_address(smem_.q[0]) + row * kRowBytes;
         const uint32_t simple_row = ptx::smem_address(smem_.simple_q[0]) + row * kRowBytes;
-        const SimpleRow<P> simple(x[i], lane_);
+        const ScaledRow<P> simple(x[i], lane_);
         if (lane_ == 0) smem_.q_factor[row] = simple.undo;
 #pragma unroll
         for (int k = 0; k < 3; ++k) {

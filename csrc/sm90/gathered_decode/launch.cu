@@ -1,6 +1,5 @@
 #include "sm90/fp8_few_rows_decode/fp8_few_rows_decode.h"
-#include "sm90/fp8_matmul_decode/fp8_matmul_decode.h"
-#include "sm90/fp8_power_decode/fp8_power_decode.h"
+#include "sm90/fp8_many_rows_decode/fp8_many_rows_decode.h"
 #include "sm90/gathered_decode/launch.cuh"
 #include "sm90/gathered_decode/launch.h"
 
@@ -28,12 +27,11 @@ Status launch_sparse_decode_sm90(const SparseDecodeParams& params, cudaStream_t 
   }
   switch (params.format) {
     case CacheFormat::kFp8V32:
-      if (params.fp8_matmul) return sm90::fp8_matmul_decode::launch(params, stream);
       if (sm90::fp8_few_rows_decode::takes(params)) {
         return sm90::fp8_few_rows_decode::launch(params, stream);
       }
-      if (sm90::fp8_power_decode::takes(params)) {
-        return sm90::fp8_power_decode::launch(params, stream);
+      if (sm90::fp8_many_rows_decode::takes(params)) {
+        return sm90::fp8_many_rows_decode::launch(params, stream);
       }
       return impl::launch<__nv_bfloat16, 576, true, CacheFormat::kFp8V32>(params, stream);
     case CacheFormat::kFp8V4:
@@ -59,9 +57,8 @@ Status launch_dense(const DenseDecodeParams& params, cudaStream_t stream) {
   if (params.head_dim_v != 512) {
     return {cudaErrorNotSupported, "head_dim_v of the dense decode kernel"};
   }
-  if (params.fp8_matmul) return fp8_matmul_decode::launch(params, stream);
   if (fp8_few_rows_decode::takes(params)) return fp8_few_rows_decode::launch(params, stream);
-  if (fp8_power_decode::takes(params)) return fp8_power_decode::launch(params, stream);
+  if (fp8_many_rows_decode::takes(params)) return fp8_many_rows_decode::launch(params, stream);
   return launch<__nv_bfloat16, 576, false, CacheFormat::kFp8V32>(params, stream);
 }
 

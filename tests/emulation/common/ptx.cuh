@@ -40,6 +40,7 @@ inline uint32_t smem_address(const void* pointer) {
 inline char* smem_pointer(uint32_t address) { return simt::dynamic_shared + address; }
 inline uint8_t* dynamic_smem() { return reinterpret_cast<uint8_t*>(simt::dynamic_shared); }
 inline int lane_id() { return static_cast<int>(simt::lane()); }
+inline uint32_t uniform(uint32_t x) { return __reduce_max_sync(0xffffffff, x); }
 inline uint32_t opaque(uint32_t x) { return x; }
 
 // Aligned, as the GPU wants it; reported as undefined behaviour if not.
@@ -51,6 +52,7 @@ inline uint32_t ld_shared_4(uint32_t address) { return smem<uint32_t>(address); 
 inline uint2 ld_shared_8(uint32_t address) { return smem<uint2>(address); }
 inline uint4 ld_shared_16(uint32_t address) { return smem<uint4>(address); }
 inline void st_shared_4(uint32_t address, uint32_t x) { smem<uint32_t>(address) = x; }
+inline void st_shared_8(uint32_t address, uint32_t x, uint32_t y) { smem<uint2>(address) = {x, y}; }
 inline void st_shared_16(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   smem<uint4>(address) = {r0, r1, r2, r3};
 }
@@ -236,6 +238,7 @@ inline void stmatrix_x4_trans(uint32_t address, uint32_t r0, uint32_t r1, uint32
 // Arithmetic
 
 inline float exp2_approx(float x) { return exp2f(x); }
+inline float reciprocal_approx(float x) { return 1 / x; }
 
 inline float e4m3_value(uint32_t code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
@@ -251,18 +254,17 @@ inline void e4m3_to_f16(uint32_t codes, uint32_t& lo, uint32_t& hi) {
   lo = half(0) | half(1) << 16;
   hi = half(2) | half(3) << 16;
 }
-inline uint32_t f16_to_e4m3(uint32_t pair) {
-  const auto code = [](uint16_t bits) -> uint32_t {
-    const float x = std::bit_cast<_Float16>(bits);
-    const uint32_t sign = std::signbit(x) ? 0x80 : 0;
-    if (std::isnan(x)) return sign | 0x7f;
-    const float magnitude = min(std::fabs(x), 448.f);
-    // A step of the last bit, which is 2^-9 for the least ones; nearbyint rounds to even.
-    const int exponent = magnitude < 0x1p-6f ? -6 : std::ilogb(magnitude);
-    const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 3 - exponent)));
-    return sign | static_cast<uint32_t>((exponent + 6) * 8 + steps);
-  };
-  return code(static_cast<uint16_t>(pair)) | code(static_cast<uint16_t>(pair >> 16)) << 8;
+inline uint32_t e4m3_code(float x) {
+  const uint32_t sign = std::signbit(x) ? 0x80 : 0;
+  if (std::isnan(x)) return sign | 0x7f;
+  const float magnitude = min(std::fabs(x), 448.f);
+  // A step of the last bit, which is 2^-9 for the least ones; nearbyint rounds to even.
+  const int exponent = magnitude < 0x1p-6f ? -6 : std::ilogb(magnitude);
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 3 - exponent)));
+  return sign | static_cast<uint32_t>((exponent + 6) * 8 + steps);
+}
+inline uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+  return e4m3_code(x0) | e4m3_code(x1) << 8 | e4m3_code(x2) << 16 | e4m3_code(x3) << 24;
 }
 inline uint32_t top_bit_of_byte(uint32_t x, int i) { return x >> (8 * i + 7) & 1 ? ~0u : 0u; }
 

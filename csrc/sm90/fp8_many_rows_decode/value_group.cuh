@@ -1,16 +1,17 @@
-// The warpgroups of decode over V3.2 caches with simple scales that have the values, and load.
+// The warpgroups of decode over V3.2 caches for more than 32 rows that have the values, and load.
 #pragma once
 
-#include "sm90/fp8_power_decode/warpgroup.cuh"
+#include "sm90/fp8_many_rows_decode/warpgroup.cuh"
 #include "sm90/gathered_decode/fp8_loader.cuh"
 
-namespace flashmla::sm90::fp8_power_decode {
+namespace flashmla::sm90::fp8_many_rows_decode {
 
 template <typename P>
 class ValueGroup : Warpgroup<P> {
   using Base = Warpgroup<P>;
   using T = typename P::T;
   using Base::first_row;
+  using Base::group;
   using Base::kp_;
   using Base::lane_;
   using Base::max_index_;
@@ -24,13 +25,10 @@ class ValueGroup : Warpgroup<P> {
   using typename Base::Rows;
   static constexpr int kTiles = P::S::kHalfTiles;  // of 64 columns, of a warpgroup
 
-  // Not kept: registers are scarce.
-  __device__ __forceinline__ int group() const { return threadIdx.x / 128 % 2; }
-
  public:
   __device__ __forceinline__ ValueGroup(const KernelParams<P>& kp, SharedStorage<P>& smem,
                                         int warpgroup)
-      : Base(kp, smem, warpgroup), loader_(kp, smem, warpgroup * 128, warpgroup % 2) {}
+      : Base(kp, smem), loader_(kp, smem, warpgroup * 128, warpgroup % 2) {}
 
   __device__ __forceinline__ void run() {
     loader_.load_until(P::kStages);
@@ -45,9 +43,8 @@ class ValueGroup : Warpgroup<P> {
         for (int i = 0; i < kAccumulators; ++i) out_[tile][i] = 0.f;
       }
       ++max_index_;
-      const int end = number_ + piece.end_block - piece.first_block;
 #pragma unroll 1
-      while (number_ < end) {
+      while (number_ < static_cast<int>(ptx::uniform(smem_.pieces[Base::warpgroup()].end_number))) {
         add_block();
         ++number_;
         loader_.load_if_next(number_ + P::kStages - 1);
@@ -62,16 +59,19 @@ class ValueGroup : Warpgroup<P> {
   __device__ __forceinline__ void add_block() {
     Base::forget_addresses();
     const int stage = number_ % P::kStages;
-    const int buffer = number_ % P::kWeightBuffers;
     // To see what has been copied.
     ptx::mbarrier_wait(&smem_.full[stage], number_ / P::kStages & 1);
-    ptx::mbarrier_wait(&smem_.p_full[buffer], number_ / P::kWeightBuffers & 1);
-    if (smem_.max_moved[buffer]) [[unlikely]] {
+    ptx::mbarrier_wait(&smem_.p_full[Base::owner(number_)], number_ / P::kScoreGroups & 1);
+    if (smem_.max_moved_of_p[Base::owner(number_)]) [[unlikely]] {
       ++max_index_;
       rescale_output();
     }
-    values();
-    ptx::mbarrier_arrive(&smem_.p_empty[buffer]);
+    if constexpr (P::kFp8) {
+      values_of_codes();
+    } else {
+      values();
+    }
+    ptx::mbarrier_arrive(&smem_.p_empty[Base::owner(number_)]);
     ptx::mbarrier_arrive(&smem_.empty[stage]);
   }
 
@@ -94,9 +94,7 @@ class ValueGroup : Warpgroup<P> {
   // by side: the even ones are its first 8 rows of an accumulator, the odd ones the others. A tile
   // is taken in two halves of 32 tokens.
   __device__ __forceinline__ void values() {
-    const uint32_t columns = Base::tokens_of(number_) +
-                             (lane_ / 8 * 8 + token_of_row(lane_ % 8)) * P::kStride +
-                             (group() * kTiles * 4 + warp_) * 16;
+    const uint32_t columns = own_columns();
     const uint64_t p = wgmma::k_major(ptx::opaque(p_address(number_)), kGroupBytes);
     const uint32_t scales = ptx::smem_address(smem_.scales[0]) +
                             number_ % P::kStages * static_cast<int>(sizeof(smem_.scales[0])) +
@@ -131,6 +129,62 @@ class ValueGroup : Warpgroup<P> {
     for (int tile = 0; tile < kTiles; ++tile) wgmma::hold(out_[tile]);
   }
 
+  // What this lane loads of the first tile and tokens, for an `ldmatrix`.
+  __device__ __forceinline__ uint32_t own_columns() const {
+    return Base::tokens_of(number_) + (lane_ / 8 * 8 + Base::token_of(lane_ % 8)) * P::kStride +
+           (group() * kTiles * 4 + warp_) * 16;
+  }
+
+  // The same of codes as they are. The sum of a block is added to that of the others here, since
+  // the tensor cores keep few bits of it; for half of the rows at a time.
+  __device__ __forceinline__ void values_of_codes() {
+    const uint32_t columns = own_columns();
+    // Of this half's groups of columns.
+    const int first_group = group() * (kTiles / P::kTilesOfGroup);
+    const uint32_t p = ptx::uniform(p_address(number_)) + first_group * P::kWeightTileBytes;
+    const float* references = &smem_.reference[Base::owner(number_)][first_group];
+    uint32_t raw[2][4];
+    const auto load = [&](int tile) {
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        ptx::ldmatrix_x4_trans(columns + tile * 64 + step * 32 * P::kStride, raw[step]);
+      }
+    };
+    load(0);
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      Operand a;
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        // Of two columns and four tokens, by columns; tokens as in P.
+        const uint32_t (&x)[4] = raw[step];
+        set(a[step], __byte_perm(x[0], x[1], 0x6240), __byte_perm(x[0], x[1], 0x7351),
+            __byte_perm(x[2], x[3], 0x6240), __byte_perm(x[2], x[3], 0x7351));
+      }
+      const int group_of_half = tile / P::kTilesOfGroup;
+      const float reference = references[group_of_half];
+#pragma unroll
+      for (int rows = 0; rows < 2; ++rows) {
+        const uint64_t b = wgmma::k_major_64b(p + group_of_half * P::kWeightTileBytes +
+                                              rows * P::kWeightTileBytes / 2);
+        float t[kAccumulators / 2];
+        wgmma::fence();
+        wgmma::m64n32k32_e4m3_rs(t, a[0], b, false);
+        wgmma::m64n32k32_e4m3_rs(t, a[1], b + wgmma::distance(32), true);
+        wgmma::commit();
+        if (rows == 0 && tile + 1 < kTiles) load(tile + 1);
+        wgmma::wait<0>();
+        wgmma::hold(t);
+        hold(a);
+#pragma unroll
+        for (int i = 0; i < kAccumulators / 2; ++i) {
+          float& sum = out_[tile][rows * kAccumulators / 2 + i];
+          sum = fmaf(t[i], reference, sum);
+        }
+      }
+    }
+  }
+
   // --- piece ------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void finish_piece(const schedule::Piece& piece) {
@@ -143,14 +197,12 @@ class ValueGroup : Warpgroup<P> {
     ptx::mbarrier_arrive(&smem_.sums_empty);
   }
 
+  // The same bits whichever of two warpgroups had the first block.
   __device__ __forceinline__ float row_sum(int row) const {
-    float sum = 0.f;
-#pragma unroll
-    for (int g = 0; g < P::kScoreGroups; ++g) {
-#pragma unroll
-      for (int warp = 0; warp < 4; ++warp) sum += smem_.sums[g][warp][row];
-    }
-    return sum;
+    const auto sum = [&](int group) {
+      return smem_.sums[group][0][row] + smem_.sums[group][1][row];
+    };
+    return sum(0) + sum(1);
   }
 
   __device__ __forceinline__ void store_final(const schedule::Piece& piece) const {
@@ -196,7 +248,9 @@ class ValueGroup : Warpgroup<P> {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int row = slab_of_tile * partial::kSlabRows + 8 * h + line;
-            store_partial_sums(kp_, slab, line, h, {maximum(max_index_)[row], row_sum(row)});
+            const float sum = row_sum(row);
+            const float max = sum == 0.f ? -INFINITY : maximum(max_index_)[row];
+            store_partial_sums(kp_, slab, line, h, {max, sum});
           }
         }
       }
@@ -207,4 +261,4 @@ class ValueGroup : Warpgroup<P> {
   float out_[kTiles][kAccumulators];
 };
 
-}  // namespace flashmla::sm90::fp8_power_decode
+}  // namespace flashmla::sm90::fp8_many_rows_decode
