@@ -383,10 +383,11 @@ def flash_mla_with_kvcache(
         batch_invariant: results of a request have the same bits alone and in any batch. The
             metadata must be made with the same.
         fp8_matmul: over a V3.2 FP8 cache, dense or sparse, let the kernels multiply in FP8: faster
-            and less exact. The latent columns of q and the softmax weights are rounded to
-            float8_e4m3fn, three bits of mantissa, and multiplied with the codes of the cache as
-            they are; RoPE columns stay bfloat16, and scales are applied in float32. On XLA it has
-            no effect: the products stay as they are without it, which is more exact.
+            with many requests, and less exact. The latent columns of q and the softmax weights are
+            rounded to float8_e4m3fn, three bits of mantissa, and multiplied with the codes of the
+            cache as they are; RoPE columns stay bfloat16, and scales are applied in float32. With
+            up to 32 rows (query heads, times query tokens if dense) and on XLA it has no effect:
+            the products stay as they are without it, which is more exact.
         power_of_two_scales: over an FP8 cache, a promise: all scales of the tokens attended to are
             powers of two from 2^-15 to 2^7, or 0, as this library writes them unless told otherwise
             (and as long as latents are below 57,344). Kernels for more than 32 rows (query heads,
