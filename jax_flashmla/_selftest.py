@@ -189,7 +189,8 @@ def _dense_decode(
 ) -> None:
     """Two query tokens a request, causal; a request without tokens; NaN in all unused slots."""
     rng = np.random.default_rng(1)
-    lengths, page_size, s_q, heads = (150, 0, 1, 64), 64, 2, 20 if fp8_matmul else 16
+    lengths, page_size, s_q = (150, 0, 1, 64), 64, 2
+    heads = 20 if fp8_matmul else 16  # with up to 32 rows there are no products in FP8
     b, d, dv, scale = len(lengths), 576, 512, 192**-0.5
     q = _normal(rng, b, s_q, heads, d)
     tokens = [_normal(rng, n, d) for n in lengths]
@@ -237,7 +238,7 @@ def _sparse_decode(
     """Chosen tokens of one cache or two, some choices invalid, with an attention sink."""
     rng = np.random.default_rng(2)
     b, d, dv, topk = 3, 512 if cache_format == "fp8_v4" else 576, 512, 96
-    heads = 40 if fp8_matmul else 8  # with fewer rows there are no products in FP8
+    heads = 40 if fp8_matmul else 8  # as for dense decode
     scale = d**-0.55
     q = _normal(rng, b, 1, heads, d)
     sink = jnp.asarray(rng.standard_normal(heads), jnp.float32).at[0].set(-jnp.inf)

@@ -143,62 +143,48 @@ __device__ __forceinline__ void hold(float (&registers)[kCount]) {
 FLASHMLA_DEFINE_WGMMA(__nv_bfloat16, "bf16")
 FLASHMLA_DEFINE_WGMMA(__half, "f16")
 
-// d (+)= A B^T for e4m3, 32 elements of the reduction axis, A in registers, B in shared memory
-// (K-major, as it must be).
+// Stands for e4m3.
+struct E4m3 {};
+
+// narrow_rs: d (+)= A B^T with few columns, A in registers, B in shared memory (K-major), for 16
+// elements of the reduction axis, of e4m3 32. KIND: those and the types. FLAGS: signs and, for
+// 16-bit types, whether B is transposed.
 //
-// Sums of such products are known to keep about 14 bits on sm_90, so only few of them should go to
+// Sums of e4m3 products are known to keep about 14 bits on sm_90, so only few of them should go to
 // one accumulator.
-__device__ __forceinline__ void m64n32k32_e4m3_rs(float (&d)[16], const uint32_t (&a)[4],
-                                                  uint64_t b, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {" FLASHMLA_REGISTERS_32
-      "}, {%16, %17, %18, %19}, %20, p, 1, 1;\n}\n"
-      : FLASHMLA_ACC_8(d, 0), FLASHMLA_ACC_8(d, 8)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
-}
-
-__device__ __forceinline__ void m64n64k32_e4m3_rs(float (&d)[32], const uint32_t (&a)[4],
-                                                  uint64_t b, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" FLASHMLA_REGISTERS_64
-      "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n}\n"
-      : FLASHMLA_ACC_64(d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
-}
-
-// narrow_rs: d (+)= A B^T with few columns, A in registers, B in shared memory (K-major).
-#define FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, N, ACC, REGISTERS, A0, A1, A2, A3, B, FLAG)    \
-  __device__ __forceinline__ void narrow_rs(TYPE, float (&d)[N / 2], const uint32_t (&a)[4],    \
-                                            uint64_t b, bool accumulate) {                      \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " FLAG                                       \
-                 ", 0;\n"                                                                       \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGISTERS \
-                 "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", p, 1, 1, 0;\n}\n"                 \
-                 : ACC                                                                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                          \
-                   "r"(static_cast<int>(accumulate)));                                          \
+#define FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, KIND, FLAGS, N, ACC, REGISTERS, A0, A1, A2, A3, B, \
+                                     ACCUMULATE)                                              \
+  __device__ __forceinline__ void narrow_rs(TYPE, float (&d)[N / 2], const uint32_t (&a)[4],  \
+                                            uint64_t b, bool accumulate) {                    \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE                               \
+                 ", 0;\n"                                                                     \
+                 "wgmma.mma_async.sync.aligned.m64n" #N KIND " {" REGISTERS "}, {" A0 ", " A1 \
+                 ", " A2 ", " A3 "}, " B ", p, " FLAGS ";\n}\n"                               \
+                 : ACC                                                                        \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                        \
+                   "r"(static_cast<int>(accumulate)));                                        \
   }
-#define FLASHMLA_DEFINE_WGMMA_NARROW_16(TYPE, NAME)                                               \
-  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, 16, FLASHMLA_ACC_8(d, 0),                              \
+#define FLASHMLA_DEFINE_WGMMA_NARROW_16(TYPE, KIND, FLAGS)                                        \
+  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, KIND, FLAGS, 16, FLASHMLA_ACC_8(d, 0),                       \
                                "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", "%12", \
                                "%13")
 #define FLASHMLA_ACC_16(d) FLASHMLA_ACC_8(d, 0), FLASHMLA_ACC_8(d, 8)
-#define FLASHMLA_DEFINE_WGMMA_NARROW_32(TYPE, NAME)                                              \
-  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, 32, FLASHMLA_ACC_16(d), FLASHMLA_REGISTERS_32, "%16", \
-                               "%17", "%18", "%19", "%20", "%21")
+#define FLASHMLA_DEFINE_WGMMA_NARROW_32(TYPE, KIND, FLAGS)                                       \
+  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, KIND, FLAGS, 32, FLASHMLA_ACC_16(d), FLASHMLA_REGISTERS_32, \
+                               "%16", "%17", "%18", "%19", "%20", "%21")
 
-#define FLASHMLA_DEFINE_WGMMA_NARROW_64(TYPE, NAME)                                              \
-  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, NAME, 64, FLASHMLA_ACC_64(d), FLASHMLA_REGISTERS_64, "%32", \
-                               "%33", "%34", "%35", "%36", "%37")
+#define FLASHMLA_DEFINE_WGMMA_NARROW_64(TYPE, KIND, FLAGS)                                       \
+  FLASHMLA_DEFINE_WGMMA_NARROW(TYPE, KIND, FLAGS, 64, FLASHMLA_ACC_64(d), FLASHMLA_REGISTERS_64, \
+                               "%32", "%33", "%34", "%35", "%36", "%37")
 
-FLASHMLA_DEFINE_WGMMA_NARROW_16(__nv_bfloat16, "bf16")
-FLASHMLA_DEFINE_WGMMA_NARROW_16(__half, "f16")
-FLASHMLA_DEFINE_WGMMA_NARROW_32(__nv_bfloat16, "bf16")
-FLASHMLA_DEFINE_WGMMA_NARROW_32(__half, "f16")
-FLASHMLA_DEFINE_WGMMA_NARROW_64(__nv_bfloat16, "bf16")
-FLASHMLA_DEFINE_WGMMA_NARROW_64(__half, "f16")
+FLASHMLA_DEFINE_WGMMA_NARROW_16(__nv_bfloat16, "k16.f32.bf16.bf16", "1, 1, 0")
+FLASHMLA_DEFINE_WGMMA_NARROW_16(__half, "k16.f32.f16.f16", "1, 1, 0")
+FLASHMLA_DEFINE_WGMMA_NARROW_32(__nv_bfloat16, "k16.f32.bf16.bf16", "1, 1, 0")
+FLASHMLA_DEFINE_WGMMA_NARROW_32(__half, "k16.f32.f16.f16", "1, 1, 0")
+FLASHMLA_DEFINE_WGMMA_NARROW_32(E4m3, "k32.f32.e4m3.e4m3", "1, 1")
+FLASHMLA_DEFINE_WGMMA_NARROW_64(__nv_bfloat16, "k16.f32.bf16.bf16", "1, 1, 0")
+FLASHMLA_DEFINE_WGMMA_NARROW_64(__half, "k16.f32.f16.f16", "1, 1, 0")
+FLASHMLA_DEFINE_WGMMA_NARROW_64(E4m3, "k32.f32.e4m3.e4m3", "1, 1")
 
 #undef FLASHMLA_DEFINE_WGMMA_NARROW_16
 #undef FLASHMLA_DEFINE_WGMMA_NARROW_32

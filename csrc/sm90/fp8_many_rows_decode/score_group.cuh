@@ -45,7 +45,7 @@ class ScoreGroup : Warpgroup<P> {
 
  private:
   __device__ __forceinline__ bool any_of_group(bool x) const {
-    return ptx::named_barrier_or(kBarrierMathGroup + Base::warpgroup(), 128, x);
+    return ptx::named_barrier_or(kBarrierMathGroup + Base::warpgroup_, 128, x);
   }
   __device__ __forceinline__ void barrier_of_groups() const {
     ptx::named_barrier_sync(kBarrierMathGroup + P::kThreads / 128, P::kScoreGroups * 128);
@@ -76,7 +76,7 @@ class ScoreGroup : Warpgroup<P> {
   }
 
   __device__ __forceinline__ const SharedWalk<P>& walk() const {
-    return smem_.pieces[Base::warpgroup()];
+    return smem_.pieces[Base::warpgroup_];
   }
 
   __device__ __forceinline__ int end_number() const { return ptx::uniform(walk().end_number); }
@@ -187,7 +187,7 @@ class ScoreGroup : Warpgroup<P> {
         if (is_rope) {
           wgmma::narrow_rs(T{}, s, a[step / 2][step % 2], b_of_step, true);
         } else {
-          wgmma::m64n64k32_e4m3_rs(s, a[step / 2][step % 2], b_of_step, tile + step > 0);
+          wgmma::narrow_rs(wgmma::E4m3{}, s, a[step / 2][step % 2], b_of_step, tile + step > 0);
         }
         if (step % 2 == 1) wgmma::commit();
       }

@@ -44,7 +44,7 @@ class ValueGroup : Warpgroup<P> {
       }
       ++max_index_;
 #pragma unroll 1
-      while (number_ < static_cast<int>(ptx::uniform(smem_.pieces[Base::warpgroup()].end_number))) {
+      while (number_ < static_cast<int>(ptx::uniform(smem_.pieces[Base::warpgroup_].end_number))) {
         add_block();
         ++number_;
         loader_.load_if_next(number_ + P::kStages - 1);
@@ -169,8 +169,8 @@ class ValueGroup : Warpgroup<P> {
                                               rows * P::kWeightTileBytes / 2);
         float t[kAccumulators / 2];
         wgmma::fence();
-        wgmma::m64n32k32_e4m3_rs(t, a[0], b, false);
-        wgmma::m64n32k32_e4m3_rs(t, a[1], b + wgmma::distance(32), true);
+        wgmma::narrow_rs(wgmma::E4m3{}, t, a[0], b, false);
+        wgmma::narrow_rs(wgmma::E4m3{}, t, a[1], b + wgmma::distance(32), true);
         wgmma::commit();
         if (rows == 0 && tile + 1 < kTiles) load(tile + 1);
         wgmma::wait<0>();

@@ -27,29 +27,27 @@ class Warpgroup {
   }
 
  protected:
-  // Not kept: registers are scarce.
-  __device__ __forceinline__ int warpgroup() const { return warpgroup_; }
   // Of its kind: 0 or 1.
-  __device__ __forceinline__ int group() const { return warpgroup() % 2; }
+  __device__ __forceinline__ int group() const { return warpgroup_ % 2; }
   // In the warpgroup.
   __device__ __forceinline__ int thread() const { return warp_ * 32 + lane_; }
   __device__ __forceinline__ void barrier_of_group() const {
-    ptx::named_barrier_sync(kBarrierMathGroup + warpgroup(), 128);
+    ptx::named_barrier_sync(kBarrierMathGroup + warpgroup_, 128);
   }
 
   // Calls body(piece) for each piece of the part.
   template <typename Body>
   __device__ __forceinline__ void for_each_piece(const Body& body) const {
-    smem_.pieces[warpgroup()].for_each(
+    smem_.pieces[warpgroup_].for_each(
         kp_, smem_.place.part, thread(), [&] { barrier_of_group(); }, body);
   }
 
   // Of the barriers that are used once in each piece with blocks.
   __device__ __forceinline__ uint32_t piece_parity() const {
-    return smem_.pieces[warpgroup()].pieces & 1 ^ 1;
+    return smem_.pieces[warpgroup_].pieces & 1 ^ 1;
   }
 
-  // What is worked out from these would be kept, and registers are scarce.
+  // What is worked out from the lane would be kept, and registers are scarce.
   __device__ __forceinline__ void forget_addresses() { lane_ = ptx::lane_id(); }
 
   __device__ __forceinline__ int first_row() const { return smem_.place.row_tile * kRows; }

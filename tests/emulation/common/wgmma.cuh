@@ -134,19 +134,8 @@ void values_rs(T type, float (&d)[kAccumulators], const uint32_t (&a)[4], uint64
 template <typename T, int kAccumulators>
 void narrow_rs(T type, float (&d)[kAccumulators], const uint32_t (&a)[4], uint64_t b,
                bool accumulate) {
-  multiply<16>(d, accumulate, Registers<T>(a),
-               [&](uint32_t n, uint32_t k) { return k_major_element(type, b, n, k); });
-}
-template <int kAccumulators>
-void e4m3_rs(float (&d)[kAccumulators], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  multiply<32>(d, accumulate, Registers<E4m3>(a),
-               [&](uint32_t n, uint32_t k) { return k_major_element(E4m3{}, b, n, k); });
-}
-inline void m64n32k32_e4m3_rs(float (&d)[16], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  e4m3_rs(d, a, b, accumulate);
-}
-inline void m64n64k32_e4m3_rs(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  e4m3_rs(d, a, b, accumulate);
+  multiply<32 / kBytes<T>>(d, accumulate, Registers<T>(a),
+                           [&](uint32_t n, uint32_t k) { return k_major_element(type, b, n, k); });
 }
 
 }  // namespace flashmla::wgmma
