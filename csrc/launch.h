@@ -22,6 +22,10 @@ Status launch_dense_decode_sm90(const DenseDecodeParams& params, cudaStream_t st
 // The same over tokens that are chosen for each query token, from one cache or two.
 Status launch_sparse_decode_sm90(const SparseDecodeParams& params, cudaStream_t stream);
 
+// Whether the kernel that these two choose leaves pieces in float instead of rounded ones: see
+// common/partial_results.h.
+bool leaves_float_pieces(const DecodeParams& params);
+
 // Merges the pieces of split requests; nothing to do for requests in one piece.
 Status launch_combine(const DecodeParams& params, cudaStream_t stream);
 

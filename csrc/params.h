@@ -38,6 +38,7 @@ struct DecodeParams {
   int num_parts;         // rows of the schedule = parts the work is divided into
   float softmax_scale;   // multiplies q.k, in natural-log units
   bool batch_invariant;  // split boundaries depend on the request's own length only
+  CacheFormat format;    // of all caches
   bool fp8_matmul;       // products of latent columns in FP8; kFp8V32 caches only
   bool power_of_two_scales;  // a promise, for FP8 caches: from 2^-15 to 2^7, or 0. Others make NaN
   bool sink_per_request;     // attn_sink is [b, h_q] instead of [h_q]
@@ -57,7 +58,7 @@ struct DecodeParams {
 
   // Workspace for requests that are cut into several pieces.
   float* partial_out;           // [num_slots, slices, slabs, 16 * dv], see common/partial_results.h
-  float* partial_sums;          // [num_slots, slices, slabs, 32]
+  float* partial_sums;          // [num_slots, slices, slabs, 256]
   int32_t* schedule_is_broken;  // [1]: the attention kernel tells the merge that all is NaN
   int num_slots;                // 2 * num_parts, or batch * slots_per_request when batch_invariant
   int slots_per_request;
@@ -69,7 +70,6 @@ struct DenseDecodeParams : DecodeParams {
   int page_size;    // tokens of a page
   int table_width;  // entries of one row of the block table
   bool causal;      // query i sees keys j <= s_k - s_q + i
-  CacheFormat format;
 
   const void* k_cache;  // plain: [num_pages, page_size, h_kv, d]; bytes of the format else
   const int32_t*
@@ -87,7 +87,6 @@ struct SparseSource {
 
 // runs[i] holds topk_length [b] (may be null) and topk of source i.
 struct SparseDecodeParams : DecodeParams {
-  CacheFormat format;  // of both caches
   SparseSource sources[kMaxRuns];
 };
 

@@ -186,7 +186,7 @@ def workspace_shapes(
     they choose their keys, query tokens.
     """
     leading = (slots, slices, -(-(rows // max(slices, 1)) // 16))
-    return (*leading, 16 * head_dim_v), (*leading, 2 * 16)
+    return (*leading, 16 * head_dim_v), (*leading, 2 * 32 * 4)
 
 
 def _call_decode(

@@ -142,7 +142,7 @@ def test_a_schedule_is_a_partition_of_the_work_or_broken(
         rows[row, column] ^= 1 << data.draw(st.integers(0, 30))
     elif change == "a row":
         rows[row] = rows[data.draw(st.integers(0, parts - 1))]
-    pieces, broken = np.zeros((32 * (b + parts), 7), np.int32), np.int32([-1])
+    pieces, broken = np.zeros((32 * (b + parts), 9), np.int32), np.int32([-1])
     built("memory").run(
         "walk",
         {"lengths": lengths, "schedule": rows, "pieces": pieces, "is_broken": broken},
@@ -155,7 +155,12 @@ def test_a_schedule_is_a_partition_of_the_work_or_broken(
     if broken[0]:
         assert change != "none"
         return
-    pieces = pieces[pieces[:, 6] == 1]
+    pieces = pieces[pieces[:, 8] == 1]
+    # Queries are loaded for the first piece of a request in a part, and freed after the last.
+    place = pieces[:, :2]
+    changes = (place[1:] != place[:-1]).any(axis=1)
+    np.testing.assert_array_equal(pieces[:, 6], [True, *changes][: len(pieces)])
+    np.testing.assert_array_equal(pieces[:, 7], [*changes, True][: len(pieces)])
     slots = pieces[pieces[:, 4] >= 0, 4]
     most = 16 * b if batch_invariant else 2 * parts
     assert len(set(slots.tolist())) == len(slots) and (slots < most).all()
@@ -173,16 +178,24 @@ def test_a_schedule_is_a_partition_of_the_work_or_broken(
 UNTOUCHED = 0xABAB
 
 
-def in_slabs(x):
-    """Rows [slots, slices, rows, n] as csrc/common/partial_results.h has them, with NaN to fill."""
-    slots, slices, rows, n = x.shape
-    filled = np.full((slots, slices, -(-rows // 16) * 16, n), np.nan, np.float32)
+def in_slabs(x, rounded):
+    """Rows [slots, slices, rows, n] as csrc/common/partial_results.h has them, with NaN to fill.
+
+    Of values, or of maximum and sum, with an axis (half, c) for lanes before the last if rounded.
+    """
+    slots, slices, rows, *axes = x.shape
+    filled = np.full((slots, slices, -(-rows // 16) * 16, *axes), np.nan, x.dtype)
     filled[:, :, :rows] = x
-    if n == 2:  # maximum and sum
-        x = filled.reshape(slots, slices, -1, 2, 8, 2).swapaxes(3, 4)
-    else:  # values
-        x = filled.reshape(slots, slices, -1, 2, 8, n // 8, 4, 2).transpose(0, 1, 2, 5, 4, 6, 3, 7)
-    return np.ascontiguousarray(x.reshape(slots, slices, -1, 16 * n))
+    x = filled.reshape(slots, slices, -1, 2, 8, *axes)  # rows of a slab: half, line
+    if axes[-1] > 2 and rounded:  # columns: pair of tiles, tile, lane of the line, column
+        x = x.reshape(*x.shape[:5], -1, 2, 4, 2).transpose(0, 1, 2, 5, 4, 7, 6, 3, 8)
+    elif axes[-1] > 2:  # tile, lane of the line, column
+        x = x.reshape(*x.shape[:5], -1, 4, 2).transpose(0, 1, 2, 5, 4, 6, 3, 7)
+    elif rounded:
+        x = x.transpose(0, 1, 2, 5, 4, 6, 3, 7)
+    else:
+        x = x.swapaxes(3, 4)
+    return np.ascontiguousarray(x.reshape(*x.shape[:3], -1))
 
 
 class Merge:
@@ -200,7 +213,10 @@ class Merge:
         seed=0,
         batch_invariant=False,
         sparse=False,
+        dtype=np.float16,
+        rounded=True,
     ):
+        self.dtype, self.rounded = np.dtype(dtype), rounded
         self.pieces, self.parts, self.h_q, self.h_kv, self.s_q = pieces, parts, h_q, h_kv, s_q
         self.batch_invariant, self.sparse = batch_invariant, sparse
         self.num_slots = 16 * len(pieces) if batch_invariant else 2 * parts
@@ -226,8 +242,30 @@ class Merge:
         # Pieces without a token leave their output as it was.
         empty = rng.random(shape) < 0.1
         self.max[empty], self.sum[empty], self.values[empty] = -np.inf, 0, np.nan
-        self.arrays["partial_out"] = in_slabs(self.values)
-        self.arrays["partial_sums"] = in_slabs(np.stack([self.max, self.sum], axis=-1))
+        self.store()
+
+    def store(self):
+        """The pieces as they lie in the workspace; ``values`` become what they are rounded to."""
+        sums = np.stack([self.max, self.sum], axis=-1)
+        if not self.rounded:
+            self.arrays["partial_out"] = in_slabs(self.values, False)
+            sums = in_slabs(sums, False)
+            rest = np.full((*sums.shape[:3], 256 - sums.shape[3]), np.nan, np.float32)
+            self.arrays["partial_sums"] = np.concatenate([sums, rest], axis=-1)
+            return
+        # Each lane has a scale of its own for each row and half of the columns.
+        rng = np.random.default_rng(1)
+        *rows, dv = self.values.shape
+        exponent = rng.integers(-9, 10, (*rows, 2, 4)).astype(np.float32)
+        column = np.arange(dv)
+        scale = np.exp2(exponent)[..., column // (dv // 2), column % 8 // 2]
+        stored = (self.values / scale).astype(np.float16)
+        self.values = stored.astype(np.float32) * scale
+        sums = np.broadcast_to(sums[..., None, None, :], (*exponent.shape, 2)).copy()
+        sums[..., 0] += exponent
+        sums[..., 1] *= np.exp2(-exponent)
+        self.arrays["partial_out"] = in_slabs(stored, True)
+        self.arrays["partial_sums"] = in_slabs(sums, True)
 
     def run(self, emulator):
         b, s_q, h_q, dv = self.arrays["out"].shape
@@ -244,7 +282,8 @@ class Merge:
             batch_invariant=self.batch_invariant,
             sparse=self.sparse,
             capacity=CAPACITY,
-            is_fp16=True,
+            is_fp16=self.dtype == np.float16,
+            format=FORMATS["plain" if self.rounded else "fp8_v32"],
         )
         return self.arrays["out"], self.arrays["lse"]
 
@@ -307,38 +346,83 @@ MERGES = {
     "a warp, 4 tiles, sparse": case([2, 1, 3] * 15, 90, 7, s_q=2, sink=True, sparse=True),
     "a warp, 8 tiles": case([2, 1, 1, 3] * 9, 66, 63, h_kv=3, sink=True),
     "batch-invariant": case([16, 1, 3], 20, 3, sink=True, batch_invariant=True),
+    "batch-invariant, a warp": case([3, 16, 9, 1, 5], 34, 128, sink=True, batch_invariant=True),
     "by parts": case([1, 1, 0, 1, 2, 1, 0, 1, 1, 0, 0, 1], 9, 2),
 }
 
 
+# The type of the results, and whether the pieces are rounded. What is not is bfloat16, with 512
+# columns.
+FORMS = pytest.mark.parametrize(
+    "form",
+    [
+        {"dtype": np.float16},
+        {"dtype": cases.BFLOAT16},
+        {"dtype": cases.BFLOAT16, "rounded": False},
+    ],
+    ids=["float16", "bfloat16", "float"],
+)
+
+
+def made(name, form):
+    merge = MERGES[name](**form)
+    if not merge.rounded and merge.arrays["out"].shape[-1] != 512:
+        pytest.skip("only 512 columns have pieces in float")
+    return merge
+
+
+@FORMS
 @pytest.mark.parametrize("name", MERGES)
-def test_merge_is_the_weighted_sum_of_pieces(emulator, name):
-    merge = MERGES[name]()
+def test_merge_is_the_weighted_sum_of_pieces(emulator, name, form):
+    merge = made(name, form)
     out, lse = merge.run(emulator)
     for request, count in enumerate(merge.pieces):
         if count < 2:  # the attention kernel's business
             assert (out[request] == UNTOUCHED).all() and (lse[request] == -777).all()
             continue
         want_out, want_lse = merge.expected(request)
-        got = merge.by_rows(out.view(np.float16), request).astype(np.float64)
-        np.testing.assert_allclose(got, want_out, rtol=1e-3, atol=1e-4)
+        got = merge.by_rows(out.view(merge.dtype), request).astype(np.float64)
+        rtol = 1e-3 if merge.dtype == np.float16 else 4e-3
+        np.testing.assert_allclose(got, want_out, rtol=rtol, atol=1e-4)
         np.testing.assert_allclose(merge.by_rows(lse, request), want_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["8 warps, a tile each", "a warp, 8 tiles", "by parts"])
-def test_infinite_values_of_a_piece_without_weight_make_nan(emulator, name):
-    merge = MERGES[name]()
+@FORMS
+@pytest.mark.parametrize(
+    "name", ["8 warps, a tile each", "8 warps, 2 tiles each", "a warp, 8 tiles", "by parts"]
+)
+def test_infinite_values_of_a_piece_without_weight_make_nan(emulator, name, form):
+    merge = made(name, form)
     request = next(r for r, count in enumerate(merge.pieces) if count > 1)
     light, heavy = merge.slots(request)[:2]
     merge.max[heavy], merge.sum[heavy] = 0, 1
     merge.max[light], merge.sum[light] = -400, 1
     merge.values[[light, heavy]] = 1
     merge.values[light, ..., 3] = np.inf
-    merge.arrays["partial_out"] = in_slabs(merge.values)
-    merge.arrays["partial_sums"] = in_slabs(np.stack([merge.max, merge.sum], axis=-1))
+    merge.store()
     out, _ = merge.run(emulator)
-    nan = np.isnan(merge.by_rows(out.view(np.float16), request))
+    nan = np.isnan(merge.by_rows(out.view(merge.dtype), request))
     assert nan[..., 3].all() and nan.sum() == nan[..., 3].size
+
+
+@only_memory
+@FORMS
+@pytest.mark.parametrize("pieces", [2, 5, 9, 16])
+def test_batch_invariant_merge_is_the_same_however_it_is_shared(emulator, pieces, form):
+    """Alone the four runs of pieces have a warp each, of a batch one warp takes all of them."""
+    alone = Merge([pieces], 16, 128, sink=True, batch_invariant=True, **form)
+    want = [x[0].copy() for x in alone.run(emulator)]
+    assert not (want[0] == UNTOUCHED).all()
+    for b in (2, 3, 5):
+        batch = Merge(
+            [2] * (b - 1) + [pieces], 16 + 2 * b, 128, sink=True, batch_invariant=True, **form
+        )
+        batch.arrays["attn_sink"] = alone.arrays["attn_sink"]
+        for name in ("partial_out", "partial_sums"):
+            batch.arrays[name][16 * (b - 1) :] = alone.arrays[name]
+        out, lse = batch.run(emulator)
+        np.testing.assert_array_equal(out[-1], want[0])
+        np.testing.assert_array_equal(lse[-1], want[1])
 
 
 @only_memory
@@ -442,7 +526,7 @@ def decode(
         "out": np.full((b, s_q, h_q, 512), -777, cases.BFLOAT16),
         "lse": np.full((b, h_q, s_q), -777, np.float32),
         "partial_out": np.full((slabs, 16 * 512), np.nan, np.float32),
-        "partial_sums": np.full((slabs, 32), np.nan, np.float32),
+        "partial_sums": np.full((slabs, 256), np.nan, np.float32),
         "schedule_is_broken": np.zeros(1, np.int32),
     }
     emulator.run(
@@ -668,6 +752,36 @@ def test_fp8_products_of_any_batch_invariant_partition(emulator, second):
     inputs = fp8_dense(40, "arbitrary", s_q=1, lengths=(64, 129))
     got = decode(emulator, inputs, 2, fp8_matmul=True, invariant_parts=[(0, 0), second])
     check_products(inputs, got)
+
+
+# Requests of three batch-invariant pieces and of one.
+INVARIANT = {
+    "dense": lambda: cases.build(dense_case(33, (700, 0, 90), s_q=1)),
+    "dense, KV heads": lambda: cases.build(dense_case(6, (700, 0, 90), h_kv=2, page_size=64)),
+    "sparse V4": lambda: sparse(40, "fp8_v4", topk=500, s_q=1, **EXTRA),
+    "sparse plain": lambda: sparse(20, "plain", topk=600, s_q=1),
+}
+
+
+def check_invariant(emulator, name, parts):
+    inputs = INVARIANT[name]()
+    op = "sparse_decode" if name.startswith("sparse") else "dense_decode"
+    got = decode(emulator, inputs, len(parts), invariant_parts=parts)
+    oracle.check_decode(op, inputs, got)
+
+
+@only_memory
+@pytest.mark.parametrize("parts", [[(0, 0)], [(0, 0), (0, 1)]], ids=["a part", "cut"])
+@pytest.mark.parametrize("name", INVARIANT)
+def test_pieces_of_a_request_in_one_part(emulator, name, parts):
+    """Their queries stay where they are."""
+    check_invariant(emulator, name, parts)
+
+
+@pytest.mark.parametrize("emulator", ["races"], indirect=True)
+@pytest.mark.parametrize("name", ["dense", "sparse V4"])
+def test_pieces_of_a_request_in_one_part_have_no_races(emulator, name):
+    check_invariant(emulator, name, [(0, 0), (0, 1)])
 
 
 @pytest.mark.parametrize("emulator", ["races"], indirect=True)

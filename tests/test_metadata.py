@@ -42,7 +42,7 @@ def piece_blocks(blocks):
 
 def least_even_piece(total, row_tiles):
     least = 1
-    while (2 * least) ** 2 <= min(total, 2**24) * min(row_tiles, 32) // 16:
+    while (2 * least) ** 2 <= min(total, 2**24) * min(row_tiles, 32) // 32:
         least *= 2
     return least
 
@@ -140,7 +140,8 @@ def test_dense_schedule_is_the_planned_one(data, b, parts, batch_invariant):
         ([0, 0, 64 * 64, 0, 64 * 64, 0], 13, 11),
         ([1, 64 * 90, 64 * 30], 13, 10),
         ([64 * 256], 132, 4),  # more pieces would cost more to merge than they save
-        ([64 * 40], 132, 2),  # 20 pieces
+        ([64 * 100], 132, 2),  # 50 pieces
+        ([64 * 40], 40, 1),
         ([64 * 8], 132, 1),
         ([64 * 64 * 1024] * 2, 1024, 128),
         ([64 * 64 * 1024] * 2, 1025, None),

@@ -420,7 +420,7 @@ def test_calls_of_the_kernels(monkeypatch, kind, cache_format, extra, fp8_matmul
         "2x3x16x512xbf16",
         "2x16x3xf32",
         f"{slots}x{slabs}x{16 * 512}xf32",
-        f"{slots}x{slabs}x32xf32",
+        f"{slots}x{slabs}x256xf32",
         "1xi32",
     ]
     # Absent operands are empty; the choices of an extra cache may be, too, but with three axes.

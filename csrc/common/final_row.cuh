@@ -18,10 +18,12 @@ __device__ __forceinline__ FinalRow final_row(const DecodeParams& p, const int& 
                                               float max, float sum) {
   constexpr float kLn2 = 0.6931471805599453f;
   const bool empty = sum == 0.f;
-  FinalRow result = {empty ? INFINITY : (max + log2f(sum)) * kLn2, empty ? 0.f : 1.f / sum};
+  // No multiply-adds are made of this, so that all kernels that it becomes a part of round alike.
+  const float lse = __fmul_rn(max + log2f(sum), kLn2);
+  FinalRow result = {empty ? INFINITY : lse, empty ? 0.f : 1.f / sum};
   if (p.attn_sink != nullptr && !empty) {
     const int64_t base = p.sink_per_request ? static_cast<int64_t>(request) * p.heads_q : 0;
-    result.factor /= 1.f + expf(p.attn_sink[base + head] - result.lse);
+    result.factor /= __fadd_rn(1.f, expf(p.attn_sink[base + head] - result.lse));
   }
   return result;
 }

@@ -1,15 +1,24 @@
 // Where the partial results of pieces lie: what the attention kernels write and the merge reads.
 //
 // The rows of a request fall into slices (see DecodeParams::slices), those of a slice into slabs of
-// 16, the rows of a warp in a wgmma accumulator. A slab of a slot has
-// - its sums: for each of 8 lines two rows, r and r + 8, and of each the maximum m that its scores,
-//   in base 2, have been compared with, and the sum of the weights 2^(score - m). The largest score
-//   may be some more than m: as long as they stay small, weights above 1 are as good. (-inf, 0) if
-//   the row attended to nothing in the piece;
-// - its values, weighted but not divided by that sum, as the lanes of a warp hold them: for each
-//   tile of 8 columns a float4 of each lane, which is columns 2 * (lane % 4) and the next one of
-//   rows lane / 4 and lane / 4 + 8. A warp so writes and reads 512 bytes side by side. They are
-//   unwritten in pieces without blocks.
+// 16, the rows of a warp in a wgmma accumulator. Lane 4 * r + c of such a warp has columns 2 * c
+// and the next one of rows r and r + 8 in each tile of 8 columns. A slab of a slot has of each row
+// and
+// - the maximum m that its scores, in base 2, have been compared with, and the sum of the weights
+//   2^(score - m). The largest score may be some more than m: as long as they stay small, weights
+//   above 1 are as good. (-inf, 0) if the row attended to nothing in the piece;
+// - the values with these weights, not divided by that sum. They are unwritten in pieces without
+//   blocks.
+// There are two forms, by the kernel that writes them (leaves_float_pieces in launch.h):
+// - Float: for each line r of 8 maximum and sum of row r, and of row r + 8; for each tile a float4
+// of
+//   each lane, first of row r.
+// - Rounded to float16, in half of the bytes: for each two tiles 8 numbers of each lane, first of
+// the
+//   first tile. They are multiplied with 2^-e, e being such that they fit, which a lane finds for
+//   each of its rows and for the left and the right half of the columns by itself. So there are m +
+//   e and sum * 2^-e for each lane and half: whoever takes these for maximum and sum need not know
+//   of e.
 // Rows of the last slab that do not exist hold anything.
 #pragma once
 
@@ -23,8 +32,8 @@ constexpr int kLines = kSlabRows / 2;
 constexpr int kTileColumns = 8;
 constexpr int kLanes = 32;
 
-// Floats of a slab.
-constexpr int kSums = 2 * kSlabRows;
+// Floats of a slab that there is room for.
+constexpr int kSums = 2 * kLanes * 4;
 FLASHMLA_HOST_DEVICE constexpr int values(int head_dim_v) { return kSlabRows * head_dim_v; }
 
 FLASHMLA_HOST_DEVICE int rows_of_slice(const DecodeParams& p) {

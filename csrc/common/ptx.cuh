@@ -333,6 +333,20 @@ __device__ __forceinline__ uint32_t pack<__half>(float lo, float hi) {
   return r;
 }
 
+// The two floats of such a pair.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair);
+
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
+}
+
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
 // Four e4m3 codes as pairs of fp16, exact: the low and the high half of `codes`.
 __device__ __forceinline__ void e4m3_to_f16(uint32_t codes, uint32_t& lo, uint32_t& hi) {
   asm("{\n"

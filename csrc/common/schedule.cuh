@@ -66,6 +66,10 @@ struct Piece {
   int end_block;
   int slot;     // where the partial result goes; -1: the piece is the whole request
   bool poison;  // the length does not fit the table: the result is NaN
+  // Whether the part's piece before this one is of another request, so that queries are to be
+  // loaded, and whether the next one is, so that they can be given up. For kernels that keep them.
+  bool needs_queries;
+  bool frees_queries;
 };
 
 // Requests of one run, whose lengths are given, and which are NaN if longer than fits.
@@ -124,6 +128,7 @@ class PieceWalk {
     const Lengths lengths(p);
     while (request_ < end_request_ || (request_ == end_request_ && end_unit_ > 0)) {
       piece.request = request_;
+      piece.needs_queries = piece.frees_queries = true;
       const int blocks = lengths.read(request_, piece);
       const bool stops_here = request_ == end_request_;
       if (!p.batch_invariant) {
@@ -153,7 +158,10 @@ class PieceWalk {
       piece.first_block = unit_ * split_blocks;
       piece.end_block = min(piece.first_block + split_blocks, blocks);
       piece.slot = request_ * p.slots_per_request + unit_;
+      piece.needs_queries = !inside_request_;
       ++unit_;
+      piece.frees_queries = unit_ >= (stops_here ? min(end_unit_, splits) : splits);
+      inside_request_ = true;
       return true;
     }
     return false;
@@ -163,6 +171,7 @@ class PieceWalk {
   __device__ __forceinline__ void advance_request() {
     ++request_;
     unit_ = 0;
+    inside_request_ = false;
   }
 
   int part_;
@@ -170,6 +179,7 @@ class PieceWalk {
   int unit_;
   int end_request_;
   int end_unit_;
+  bool inside_request_ = false;  // a piece of it was the last one
 };
 
 }  // namespace flashmla::schedule

@@ -36,7 +36,7 @@ constexpr int kEvenSlack = 1;
 constexpr int kEvenSizes = 1 + kOverheadBlocks + kEvenSlack;
 // Their least size, a power of two, makes a piece take about as long as merging all of them: a
 // block takes as long as merging so many row tiles.
-constexpr int kMergedTilesPerBlock = 16;
+constexpr int kMergedTilesPerBlock = 32;
 // Even pieces are planned for at most so many parts.
 constexpr int kMaxEvenParts = 1024;
 // Batch-invariant splits: at most this many for one request, and at least this many blocks each.

@@ -102,22 +102,90 @@ __device__ Slots invariant_slots(const DecodeParams& p, int request) {
   return {splits, first, first, 1};
 }
 
+// Pieces of a batch-invariant request are added in runs of so many, then the runs one by one. So
+// the result is the same whether a warp adds all runs or each warp has one of them, and the merge
+// can be shared as fits the batch.
+constexpr int kInvariantRun = 4;
+
 // How the work of a merge is shared: so many warps share the pieces of a slab, a run of pieces
 // each, for so many tiles of 8 columns.
-template <int kDimV, int kWarpsPerSlab, int kTiles>
+template <int kDimV, int kWarpsPerSlab, int kTiles, bool kInvariant, bool kRounded>
 struct Sharing {
   static constexpr int kTilesOfCta = kWarps / kWarpsPerSlab * kTiles;
   static constexpr int kColumnGroups = kDimV / partial::kTileColumns / kTilesOfCta;
   static_assert(kColumnGroups * kTilesOfCta * partial::kTileColumns == kDimV);
-  static constexpr int kAtOnce = 8 / kTiles;  // pieces whose values are loaded at once
+  static_assert(!kInvariant || kWarpsPerSlab == 1 ||
+                kWarpsPerSlab * kInvariantRun >= schedule::kMaxInvariantSplits);
+  // Pieces that are loaded and added at once, and warps whose sums are.
+  static constexpr int kAtOnce = kInvariant                 ? kInvariantRun
+                                 : kTiles == 1 || !kRounded ? 8 / kTiles
+                                 : kTiles < 8               ? 4
+                                                            : 2;
+  static constexpr int kWarpsAtOnce = kInvariant ? 1 : 8 / kTiles;
 };
 
-// Of each of a lane's two rows (r and r + 8) the maximum, the sum of the weights, and the weighted
-// values of some tiles.
+// Of each of a lane's two rows (r and r + 8) the maximum, the sum of the weights, and the values of
+// some tiles, as they lie in the workspace: in float, or rounded.
+template <int kTiles, bool kRounded>
+struct Stored;
+
 template <int kTiles>
-struct Weighted {
-  float4 sums = {-INFINITY, 0.f, -INFINITY, 0.f};  // maximum and sum of row r, of row r + 8
-  float4 values[kTiles];                           // two columns of row r, of row r + 8
+struct Stored<kTiles, false> {
+  // Maximum and sum of row r, of row r + 8; of no piece until it is loaded.
+  float4 sums = {-INFINITY, 0.f, -INFINITY, 0.f};
+  float4 floats[kTiles];  // two columns of row r, of row r + 8
+
+  template <int kDimV>
+  __device__ __forceinline__ void load(const DecodeParams& p, int64_t slab, int first_tile,
+                                       int lane) {
+    sums = __ldcs(reinterpret_cast<const float4*>(p.partial_sums) + slab * (partial::kSums / 4) +
+                  lane / 4);
+    const float4* x = reinterpret_cast<const float4*>(p.partial_out) +
+                      slab * (partial::values(kDimV) / 4) + first_tile * partial::kLanes + lane;
+#pragma unroll
+    for (int v = 0; v < kTiles; ++v) floats[v] = __ldcs(x + v * partial::kLanes);
+  }
+  __device__ __forceinline__ float4 values(int v) const { return floats[v]; }
+};
+
+template <int kTiles>
+struct Stored<kTiles, true> {
+  float4 sums = {-INFINITY, 0.f, -INFINITY, 0.f};  // of this half of the columns
+  uint2 pairs[kTiles];
+
+  template <int kDimV>
+  __device__ __forceinline__ void load(const DecodeParams& p, int64_t slab, int first_tile,
+                                       int lane) {
+    const int half = first_tile / (kDimV / partial::kTileColumns / 2);
+    sums = __ldcs(reinterpret_cast<const float4*>(p.partial_sums) +
+                  (slab * 2 + half) * partial::kLanes + lane);
+    const uint4* x = reinterpret_cast<const uint4*>(p.partial_out) +
+                     slab * (partial::values(kDimV) / 8) + first_tile / 2 * partial::kLanes + lane;
+    if constexpr (kTiles == 1) {
+      pairs[0] = __ldcs(reinterpret_cast<const uint2*>(x) + first_tile % 2);
+    } else {
+#pragma unroll
+      for (int v = 0; v < kTiles; v += 2) {
+        const uint4 two_tiles = __ldcs(x + v / 2 * partial::kLanes);
+        pairs[v] = {two_tiles.x, two_tiles.y};
+        pairs[v + 1] = {two_tiles.z, two_tiles.w};
+      }
+    }
+  }
+  __device__ __forceinline__ float4 values(int v) const {
+    const float2 top = ptx::unpack<__half>(pairs[v].x);
+    const float2 bottom = ptx::unpack<__half>(pairs[v].y);
+    return {top.x, top.y, bottom.x, bottom.y};
+  }
+};
+
+// The same of several pieces.
+template <int kTiles>
+struct Total {
+  float4 sums = {-INFINITY, 0.f, -INFINITY, 0.f};
+  float4 weighted[kTiles] = {};
+
+  __device__ __forceinline__ float4 values(int v) const { return weighted[v]; }
 };
 
 // What weights of the maximum `max` are multiplied with if it gives way to `largest`: 0 where there
@@ -126,10 +194,10 @@ __device__ __forceinline__ float weight_of(float max, float largest) {
   return exp2f(max - (largest == -INFINITY ? 0.f : largest));
 }
 
-// Adds the pieces to `total`, in their order.
-template <int kTiles, int kCount>
-__device__ __forceinline__ void add(const Weighted<kTiles> (&pieces)[kCount],
-                                    Weighted<kTiles>& total) {
+// Adds the pieces to `total`, in their order. Multiply-adds are explicit, so that all kernels that
+// this becomes a part of round alike.
+template <typename Piece, int kTiles, int kCount>
+__device__ __forceinline__ void add(const Piece (&pieces)[kCount], Total<kTiles>& total) {
   float top = total.sums.x;
   float bottom = total.sums.z;
 #pragma unroll
@@ -142,41 +210,41 @@ __device__ __forceinline__ void add(const Weighted<kTiles> (&pieces)[kCount],
   total.sums = {top, total.sums.y * old_top, bottom, total.sums.w * old_bottom};
 #pragma unroll
   for (int v = 0; v < kTiles; ++v) {
-    float4& out = total.values[v];
+    float4& out = total.weighted[v];
     out = {out.x * old_top, out.y * old_top, out.z * old_bottom, out.w * old_bottom};
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const Weighted<kTiles>& piece = pieces[i];
+    const Piece& piece = pieces[i];
     const float top_weight = weight_of(piece.sums.x, top);
     const float bottom_weight = weight_of(piece.sums.z, bottom);
-    total.sums.y += top_weight * piece.sums.y;
-    total.sums.w += bottom_weight * piece.sums.w;
+    total.sums.y = fmaf(top_weight, piece.sums.y, total.sums.y);
+    total.sums.w = fmaf(bottom_weight, piece.sums.w, total.sums.w);
     // Values of nothing may be unwritten. Others count even if their weight is 0 now: an infinite
     // one makes NaN, as it does where the request is not cut.
 #pragma unroll
     for (int v = 0; v < kTiles; ++v) {
-      const float4& x = piece.values[v];
-      float4& out = total.values[v];
+      const float4 x = piece.values(v);
+      float4& out = total.weighted[v];
       if (piece.sums.x != -INFINITY) {
-        out.x += top_weight * x.x;
-        out.y += top_weight * x.y;
+        out.x = fmaf(top_weight, x.x, out.x);
+        out.y = fmaf(top_weight, x.y, out.y);
       }
       if (piece.sums.z != -INFINITY) {
-        out.z += bottom_weight * x.z;
-        out.w += bottom_weight * x.w;
+        out.z = fmaf(bottom_weight, x.z, out.z);
+        out.w = fmaf(bottom_weight, x.w, out.w);
       }
     }
   }
 }
 
 // Adds those that load(i) gives for `begin` to `end` - 1, kAtOnce of them on their way at once.
-template <int kAtOnce, int kTiles, typename Load>
+template <typename Piece, int kAtOnce, int kTiles, typename Load>
 __device__ __forceinline__ void add_all(int begin, int end, const Load& load,
-                                        Weighted<kTiles>& total) {
+                                        Total<kTiles>& total) {
 #pragma unroll 1
   for (int first = begin; first < end; first += kAtOnce) {
-    Weighted<kTiles> pieces[kAtOnce];
+    Piece pieces[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (first + i < end) load(first + i, pieces[i]);
@@ -186,17 +254,17 @@ __device__ __forceinline__ void add_all(int begin, int end, const Load& load,
 }
 
 // Grid: (requests or parts) x slabs of a request x groups of columns, flattened on x.
-template <typename T, int kDimV, int kWarpsPerSlab, int kTiles>
+template <typename T, int kDimV, int kWarpsPerSlab, int kTiles, bool kInvariant, bool kRounded>
 __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spills for more CTAs
     combine_kernel(const DecodeParams p, int rows, int slabs) {
-  using S = Sharing<kDimV, kWarpsPerSlab, kTiles>;
+  using S = Sharing<kDimV, kWarpsPerSlab, kTiles, kInvariant, kRounded>;
   ptx::grid_dependency_launch();
   const int column_group = blockIdx.x % S::kColumnGroups;
   const int flat_slab = blockIdx.x / S::kColumnGroups;
   const int slabs_of_request = slabs * p.slices;
   const int slab = flat_slab % slabs_of_request;  // over slices x slabs
   int request = flat_slab / slabs_of_request;
-  const Slots slots = p.batch_invariant     ? invariant_slots(p, request)
+  const Slots slots = kInvariant            ? invariant_slots(p, request)
                       : merge_by_request(p) ? find_slots_of_request(p, request)
                                             : find_slots_of_part(p, request, &request);
   ptx::grid_dependency_wait();
@@ -207,21 +275,22 @@ __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spill
   const int lane = threadIdx.x % 32;
   const int chunk = warp % kWarpsPerSlab;
   const int first_tile = column_group * S::kTilesOfCta + warp / kWarpsPerSlab * kTiles;
-  const auto load = [&](int piece, Weighted<kTiles>& x) {
-    const int64_t place = slots[piece] * slabs_of_request + slab;
-    x.sums = __ldcs(reinterpret_cast<const float4*>(p.partial_sums) + place * partial::kLines +
-                    lane / 4);
-    const float4* values = reinterpret_cast<const float4*>(p.partial_out) +
-                           place * (partial::values(kDimV) / 4) + first_tile * partial::kLanes +
-                           lane;
-#pragma unroll
-    for (int v = 0; v < kTiles; ++v) x.values[v] = __ldcs(values + v * partial::kLanes);
+  using Piece = Stored<kTiles, kRounded>;
+  const auto load = [&](int piece, Piece& x) {
+    x.template load<kDimV>(p, slots[piece] * slabs_of_request + slab, first_tile, lane);
   };
-  const int per_chunk = schedule::ceil_div(slots.count, kWarpsPerSlab);
-  Weighted<kTiles> total;
-#pragma unroll
-  for (int v = 0; v < kTiles; ++v) total.values[v] = {0.f, 0.f, 0.f, 0.f};
-  add_all<S::kAtOnce>(chunk * per_chunk, min((chunk + 1) * per_chunk, slots.count), load, total);
+  const int per_warp = kInvariant ? kInvariantRun : schedule::ceil_div(slots.count, kWarpsPerSlab);
+  const int begin = chunk * per_warp;
+  Total<kTiles> total;
+  add_all<Piece, S::kAtOnce>(begin, min(begin + per_warp, slots.count), load, total);
+  if constexpr (kInvariant && kWarpsPerSlab == 1) {
+#pragma unroll 1
+    for (int first = kInvariantRun; first < slots.count; first += kInvariantRun) {
+      Total<kTiles> run[1];
+      add_all<Piece, S::kAtOnce>(first, min(first + kInvariantRun, slots.count), load, run[0]);
+      add(run, total);
+    }
+  }
 
   if constexpr (kWarpsPerSlab > 1) {
     __shared__ float4 sums_of_warps[kWarps][32];
@@ -229,16 +298,16 @@ __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spill
     if (chunk > 0) {
       sums_of_warps[warp][lane] = total.sums;
 #pragma unroll
-      for (int v = 0; v < kTiles; ++v) values_of_warps[warp][v][lane] = total.values[v];
+      for (int v = 0; v < kTiles; ++v) values_of_warps[warp][v][lane] = total.weighted[v];
     }
     __syncthreads();
     if (chunk > 0) return;
-    const auto load_of_warp = [&](int other, Weighted<kTiles>& x) {
+    const auto load_of_warp = [&](int other, Total<kTiles>& x) {
       x.sums = sums_of_warps[warp + other][lane];
 #pragma unroll
-      for (int v = 0; v < kTiles; ++v) x.values[v] = values_of_warps[warp + other][v][lane];
+      for (int v = 0; v < kTiles; ++v) x.weighted[v] = values_of_warps[warp + other][v][lane];
     };
-    add_all<S::kAtOnce>(1, kWarpsPerSlab, load_of_warp, total);
+    add_all<Total<kTiles>, S::kWarpsAtOnce>(1, kWarpsPerSlab, load_of_warp, total);
   }
   // A broken schedule: all results are NaN already, and stay so.
   if (broken) return;
@@ -260,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spill
     uint32_t pairs[kTiles];
 #pragma unroll
     for (int v = 0; v < kTiles; ++v) {
-      const float4& x = total.values[v];
+      const float4& x = total.weighted[v];
       pairs[v] = h == 0 ? ptx::pack<T>(x.x * factor, x.y * factor)
                         : ptx::pack<T>(x.z * factor, x.w * factor);
     }
@@ -285,13 +354,14 @@ int64_t groups_of_ctas(const DecodeParams& p) {
   return merge_by_request(p) ? p.batch : p.num_parts;
 }
 
-template <typename T, int kDimV, int kWarpsPerSlab, int kTiles>
+template <typename T, int kDimV, int kWarpsPerSlab, int kTiles, bool kRounded,
+          bool kInvariant = false>
 Status launch_kernel(const DecodeParams& p, cudaStream_t stream) {
   const int rows = partial::rows_of_slice(p);
   const int slabs = partial::slabs_of_slice(rows);
-  const int64_t ctas =
-      groups_of_ctas(p) * slabs * p.slices * Sharing<kDimV, kWarpsPerSlab, kTiles>::kColumnGroups;
-  return launch_dependent(&combine_kernel<T, kDimV, kWarpsPerSlab, kTiles>,
+  using S = Sharing<kDimV, kWarpsPerSlab, kTiles, kInvariant, kRounded>;
+  const int64_t ctas = groups_of_ctas(p) * slabs * p.slices * S::kColumnGroups;
+  return launch_dependent(&combine_kernel<T, kDimV, kWarpsPerSlab, kTiles, kInvariant, kRounded>,
                           "grid of the merge kernel", ctas, kThreads, 0, stream, p, rows, slabs);
 }
 
@@ -306,35 +376,39 @@ int64_t most_ctas(const DecodeParams& p) {
       p.slices * schedule::ceil_div(partial::rows_of_slice(p), schedule::kRowTileRows);
   const int64_t blocks = std::min<int64_t>(most_blocks(p), INT32_MAX);
   const int least = schedule::least_even_piece(static_cast<int>(blocks), row_tiles);
-  const int64_t parts = std::min<int64_t>(blocks / least, p.num_parts);
+  const int64_t pieces = p.batch_invariant ? p.num_slots : blocks / least;
+  const int64_t parts = std::min<int64_t>(pieces, p.num_parts);
   const bool half_is_free = parts * row_tiles <= kMultiprocessors / 2;
   return kMultiprocessors * kCtasOfMultiprocessor / (half_is_free ? 2 : 1);
 }
 
-template <typename T, int kDimV>
+template <typename T, int kDimV, bool kRounded>
 Status launch(const DecodeParams& p, cudaStream_t stream) {
-  // The order of additions, hence the variant, must not depend on the batch here.
-  if (p.batch_invariant) return launch_kernel<T, kDimV, 4, 4>(p, stream);
   // As many CTAs for a slab as that leaves. Many of them share the pieces, few the columns.
   const int64_t slabs =
       groups_of_ctas(p) * p.slices * partial::slabs_of_slice(partial::rows_of_slice(p));
   constexpr int kTiles = kDimV / partial::kTileColumns;
   const int64_t ctas = most_ctas(p) / std::max<int64_t>(slabs, 1);
-  if (ctas >= kTiles) return launch_kernel<T, kDimV, 8, 1>(p, stream);
-  if (ctas >= kTiles / 2) return launch_kernel<T, kDimV, 8, 2>(p, stream);
-  if (ctas >= kTiles / 4) return launch_kernel<T, kDimV, 8, 4>(p, stream);
-  if (ctas >= kTiles / 8) return launch_kernel<T, kDimV, 4, 4>(p, stream);
-  if (ctas >= kTiles / 16) return launch_kernel<T, kDimV, 2, 4>(p, stream);
-  if constexpr (kDimV == 512) {
-    if (ctas < kTiles / 32) return launch_kernel<T, kDimV, 1, 8>(p, stream);
+  if (p.batch_invariant) {
+    if (ctas >= kTiles / 4) return launch_kernel<T, kDimV, 4, 2, kRounded, true>(p, stream);
+    if (ctas >= kTiles / 8) return launch_kernel<T, kDimV, 4, 4, kRounded, true>(p, stream);
+    return launch_kernel<T, kDimV, 1, kRounded ? 4 : 2, kRounded, true>(p, stream);
   }
-  return launch_kernel<T, kDimV, 1, 4>(p, stream);
+  if (ctas >= kTiles) return launch_kernel<T, kDimV, 8, 1, kRounded>(p, stream);
+  if (ctas >= kTiles / 2) return launch_kernel<T, kDimV, 8, 2, kRounded>(p, stream);
+  if (ctas >= kTiles / 4) return launch_kernel<T, kDimV, 8, 4, kRounded>(p, stream);
+  if (ctas >= kTiles / 8) return launch_kernel<T, kDimV, 4, 4, kRounded>(p, stream);
+  if (ctas >= kTiles / 16) return launch_kernel<T, kDimV, 2, 4, kRounded>(p, stream);
+  if constexpr (kDimV == 512) {
+    if (ctas < kTiles / 32) return launch_kernel<T, kDimV, 1, 8, kRounded>(p, stream);
+  }
+  return launch_kernel<T, kDimV, 1, 4, kRounded>(p, stream);
 }
 
 template <typename T>
 Status launch(const DecodeParams& p, cudaStream_t stream) {
-  if (p.head_dim_v == 512) return launch<T, 512>(p, stream);
-  if (p.head_dim_v == 256) return launch<T, 256>(p, stream);
+  if (p.head_dim_v == 512) return launch<T, 512, true>(p, stream);
+  if (p.head_dim_v == 256) return launch<T, 256, true>(p, stream);
   return {cudaErrorNotSupported, "head_dim_v of the merge kernel"};
 }
 
@@ -343,6 +417,7 @@ Status launch(const DecodeParams& p, cudaStream_t stream) {
 Status launch_combine(const DecodeParams& params, cudaStream_t stream) {
   // One part takes every request whole.
   if (params.num_parts == 1 && !params.batch_invariant) return {};
+  if (leaves_float_pieces(params)) return launch<__nv_bfloat16, 512, false>(params, stream);
   return params.dtype == DataType::kFloat16 ? launch<__half>(params, stream)
                                             : launch<__nv_bfloat16>(params, stream);
 }

@@ -110,7 +110,9 @@ struct DecodeArrays {
 
 void merge() {
   const DecodeArrays arrays;
-  check(launch_combine(arrays.params(), nullptr));
+  DecodeParams p = arrays.params();
+  p.format = static_cast<CacheFormat>(numbers["format"]);
+  check(launch_combine(p, nullptr));
   arrays.write_back();
 }
 
@@ -133,6 +135,15 @@ Status launch(const SparseDecodeParams& p) {
   }
   return sm90::fp8_few_rows_decode::launch(p, nullptr);
 }
+
+}  // namespace
+
+bool flashmla::leaves_float_pieces(const DecodeParams& p) {
+  return p.format != CacheFormat::kPlain &&
+         (p.format != CacheFormat::kFp8V4 || sm90::fp8_few_rows_decode::takes(p));
+}
+
+namespace {
 
 // Attention, dense or sparse, and its merge.
 void decode() {
@@ -199,7 +210,7 @@ void walk() {
   is_broken.write_back();
   if (broken) return;
 
-  const size_t room = pieces.size() / (7 * sizeof(int32_t));
+  const size_t room = pieces.size() / (9 * sizeof(int32_t));
   int32_t* row = pieces;
   size_t count = 0;
   for (int part = 0; part < p.num_parts; ++part) {
@@ -208,7 +219,8 @@ void walk() {
     while (walk.next(p, piece)) {
       if (count++ == room) fail("more pieces than there is room for");
       for (int value : {part, piece.request, piece.first_block, piece.end_block, piece.slot,
-                        static_cast<int>(piece.poison), 1}) {
+                        static_cast<int>(piece.poison), static_cast<int>(piece.needs_queries),
+                        static_cast<int>(piece.frees_queries), 1}) {
         *row++ = value;
       }
     }

@@ -277,6 +277,8 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
 inline unsigned __vmaxu2(unsigned a, unsigned b) {
   return max(a >> 16, b >> 16) << 16 | max(a & 0xffff, b & 0xffff);
 }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline float2 __half22float2(__half2 x) {
   return {static_cast<float>(x.x), static_cast<float>(x.y)};
 }

@@ -573,7 +573,9 @@ def pick(inputs, requests):
     "case",
     [
         DenseCase("invariant", 6, 0, 16, s_q=2, causal=True, lengths=(1500, 70, 0, 5000, 257, 256)),
-        DenseCase("invariant-128", 6, 0, 128, lengths=(1500, 70, 0, 5000, 257, 256)),
+        DenseCase(
+            "invariant-128", 6, 0, 128, attn_sink=True, lengths=(1500, 70, 0, 5000, 257, 256)
+        ),
         DenseCase("invariant-fp16", 3, 0, 9, h_kv=3, dtype="float16", lengths=(1030, 4097, 5)),
     ],
     ids=lambda case: case.name,
@@ -589,6 +591,7 @@ def test_batch_invariant_results_have_the_same_bits(case):
             k_cache=cache,
             block_table=jnp.asarray(chosen.block_table),
             cache_seqlens=jnp.asarray(chosen.cache_seqlens),
+            attn_sink=None if inputs.attn_sink is None else jnp.asarray(inputs.attn_sink),
             softmax_scale=case.softmax_scale,
             causal=case.causal,
             batch_invariant=True,

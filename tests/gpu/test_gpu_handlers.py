@@ -265,7 +265,7 @@ def test_recorded_calls_are_good(name):
 INT = np.int32
 
 
-def workspace(slots=264, slices=1, slabs=1, columns=512, sums=32):
+def workspace(slots=264, slices=1, slabs=1, columns=512, sums=256):
     """Partial results; as they are they go with the calls, which have 132 parts and 16 heads."""
     return {
         "partial_out": array(slots, slices, slabs, 16 * columns, dtype=F32),
@@ -320,11 +320,11 @@ DECODE_BAD = {
     "slabs of workspace": workspace(slabs=2),
     "no slabs of workspace": workspace(slabs=0),
     "columns of workspace": workspace(columns=511),
-    "rank of sums": workspace() | {"partial_sums": array(264, 32, dtype=F32)},
-    "slots of sums": workspace() | {"partial_sums": array(263, 1, 1, 32, dtype=F32)},
-    "slices of sums": workspace() | {"partial_sums": array(264, 2, 1, 32, dtype=F32)},
-    "slabs of sums": workspace() | {"partial_sums": array(264, 1, 2, 32, dtype=F32)},
-    "columns of sums": workspace(sums=31),
+    "rank of sums": workspace() | {"partial_sums": array(264, 256, dtype=F32)},
+    "slots of sums": workspace() | {"partial_sums": array(263, 1, 1, 256, dtype=F32)},
+    "slices of sums": workspace() | {"partial_sums": array(264, 2, 1, 256, dtype=F32)},
+    "slabs of sums": workspace() | {"partial_sums": array(264, 1, 2, 256, dtype=F32)},
+    "columns of sums": workspace(sums=32),
     "empty status": {"status": array(0)},
     "long status": {"status": array(2)},
     "format -1": {"cache_format": INT(-1)},

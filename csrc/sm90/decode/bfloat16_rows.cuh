@@ -12,13 +12,9 @@ __device__ __forceinline__ uint32_t largest(const uint4& x) {
   return max(m >> 16, m & 0xffff);
 }
 
-__device__ __forceinline__ float2 unpacked(uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
-}
-
 template <typename To>
 __device__ __forceinline__ uint32_t scaled_pair(uint32_t pair, float factor) {
-  const float2 x = unpacked(pair);
+  const float2 x = ptx::unpack<__nv_bfloat16>(pair);
   return ptx::pack<To>(x.x * factor, x.y * factor);
 }
 

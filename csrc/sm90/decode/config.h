@@ -85,6 +85,8 @@ struct Problem {
   static constexpr bool kPaired = kPaired_;
   static constexpr int kClusterCtas = kPaired ? 2 : 1;
   static_assert(!kPaired || kLoading == Loading::kConverted);
+  // The pieces of a request in a part share its queries. Converting takes the registers for that.
+  static constexpr bool kKeepsQueries = kLoading != Loading::kConverted;
   using Params = std::conditional_t<kSparse, SparseDecodeParams, DenseDecodeParams>;
 
   static constexpr int kLoadThreads = 128;

@@ -120,6 +120,12 @@ __device__ __forceinline__ int visible_tokens(const KernelParams<P>& kp,
   return piece.length - (kp.p.seq_q - 1 - token);
 }
 
+// Whether queries are to be loaded for the piece.
+template <typename P>
+__device__ __forceinline__ bool needs_queries(const schedule::Piece& piece) {
+  return !P::kKeepsQueries || piece.needs_queries;
+}
+
 // Which slab of the workspace is for rows 16 * warp and up of the row tile. See
 // common/partial_results.h.
 template <typename P>
@@ -129,12 +135,12 @@ __device__ __forceinline__ int64_t partial_slab(const KernelParams<P>& kp, const
   return slice * partial::slabs_of_slice(kp.rows) + place.row_tile * kSlabsPerTile + warp;
 }
 
-// The maximum and the sum of one of the two rows of a line of a slab.
+// The maximum and the sum of one of the two rows of a line of a slab, of float partial results.
 template <typename P>
 __device__ __forceinline__ void store_partial_sums(const KernelParams<P>& kp, int64_t slab,
                                                    int line, int h, const float2& max_and_sum) {
   float2* sums = reinterpret_cast<float2*>(kp.p.partial_sums);
-  sums[(slab * partial::kLines + line) * 2 + h] = max_and_sum;
+  sums[slab * (partial::kSums / 2) + line * 2 + h] = max_and_sum;
 }
 
 // A piece without blocks, by warpgroup `group`, which owns that half of the columns: zeros and +inf
@@ -147,12 +153,12 @@ __device__ __forceinline__ void store_empty(const KernelParams<P>& kp, const Pla
   const int first_row = place.row_tile * kRows;
   if (piece.slot >= 0) {
     const int warp = thread / 32;
-    if (group != 0 || first_row + warp * partial::kSlabRows >= kp.rows) return;
+    if (first_row + warp * partial::kSlabRows >= kp.rows) return;
+    // For each lane, and for each line if there are as many.
     const int64_t slab = partial_slab(kp, place, piece, warp);
-    const int row = thread % 32;
-    if (row < partial::kSlabRows) {
-      store_partial_sums(kp, slab, row % partial::kLines, row / partial::kLines, {-INFINITY, 0.f});
-    }
+    reinterpret_cast<float4*>(
+        kp.p.partial_sums)[(slab * 2 + group) * partial::kLanes + thread % 32] = {-INFINITY, 0.f,
+                                                                                  -INFINITY, 0.f};
     return;
   }
   for (int i = thread; i < kRows; i += 128) {
@@ -183,7 +189,7 @@ struct alignas(16) GatheredBlock {
 };
 static_assert(sizeof(GatheredBlock) == 32);
 constexpr int kBlockExists = 1;
-constexpr int kBlockBeginsPiece = 2;
+constexpr int kBlockNeedsQueries = 2;  // others than the block before it
 constexpr int kBlockIsBad = 4;
 
 // The blocks of a part of the schedule, one after the other.
@@ -227,7 +233,8 @@ class BlockStream {
     result.count = piece_.poison ? 0 : min(length - block * kTokens, kTokens);
     result.request = piece_.request;
     result.buffer = (block_ - piece_.first_block) % kBuffers;
-    result.flags = kBlockExists | (block_ == piece_.first_block ? kBlockBeginsPiece : 0) |
+    const bool begins_queries = block_ == piece_.first_block && needs_queries<P>(piece_);
+    result.flags = kBlockExists | (begins_queries ? kBlockNeedsQueries : 0) |
                    (piece_.poison ? kBlockIsBad : 0);
   }
 

@@ -381,7 +381,7 @@ struct ScaledRow {
             scaled_pair<To>(x.z, factor), scaled_pair<To>(x.w, factor)};
   }
   __device__ __forceinline__ uint32_t codes(uint32_t first, uint32_t second) const {
-    const float2 x = unpacked(first), y = unpacked(second);
+    const float2 x = ptx::unpack<__nv_bfloat16>(first), y = ptx::unpack<__nv_bfloat16>(second);
     return ptx::pack_e4m3(x.x * factor, x.y * factor, y.x * factor, y.y * factor);
   }
 };

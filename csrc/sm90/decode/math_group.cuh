@@ -8,6 +8,7 @@
 // once the scores are done.
 #pragma once
 
+#include "common/partial_scale.cuh"
 #include "common/quad.cuh"
 #include "sm90/decode/cta.cuh"
 
@@ -77,7 +78,7 @@ class MathGroup {
         wgmma::wait<2>();
         release_values<1>();
       }
-      finish_scores<0>(s, /*last=*/block + 2 >= piece.end_block);
+      finish_scores<0>(s, block + 2 >= piece.end_block && frees_queries(piece));
       wgmma::hold(out_);
       mask(piece, block, s);
       move_max<0>(s, factor);
@@ -112,15 +113,15 @@ class MathGroup {
 #pragma unroll 1
     for (int block = piece.first_block; block < piece.end_block; block += 2) {
       const bool has_odd = block + 1 < piece.end_block;
-      const bool last = block + 2 >= piece.end_block;
+      const bool last_of_queries = block + 2 >= piece.end_block && frees_queries(piece);
       float s[32];
       uint32_t p[4][4];
       float factor[2];
       if (has_odd) {
         issue_scores<1>(s);
-        finish_scores<1>(s, last);
+        finish_scores<1>(s, last_of_queries);
         mask(piece, block + 1, s);
-      } else {
+      } else if (last_of_queries) {
         release_queries();
       }
       ptx::mbarrier_wait(&smem_.p_full[0], parity_[0]);
@@ -197,7 +198,7 @@ class MathGroup {
   }
 
   template <int kBuffer>
-  __device__ __forceinline__ void finish_scores(float (&s)[32], bool last) {
+  __device__ __forceinline__ void finish_scores(float (&s)[32], bool last_of_queries) {
     marks_.x = __shfl_sync(0xffffffff, marks_.x, 0);
     if constexpr (P::kSparse) marks_.y = __shfl_sync(0xffffffff, marks_.y, 0);
     if constexpr (kBuffer == 0) {
@@ -214,7 +215,11 @@ class MathGroup {
     }
     // The scores of all four warps have read the RoPE sub-tile that P is about to replace.
     if constexpr (S::kHasRope) ptx::named_barrier_sync(kBarrierMathGroup + kGroup, 128);
-    if (last) release_queries();
+    if (last_of_queries) release_queries();
+  }
+
+  __device__ __forceinline__ static bool frees_queries(const schedule::Piece& piece) {
+    return !P::kKeepsQueries || piece.frees_queries;
   }
 
   __device__ __forceinline__ void release_queries() {
@@ -447,13 +452,15 @@ class MathGroup {
       }
       unmasked_tokens_ = visible_tokens(kp_, piece, smem_.place.row_tile * kRows);
     }
-    ptx::mbarrier_wait(&smem_.q_full, q_parity_);
-    q_parity_ ^= 1;
+    if (needs_queries<P>(piece)) {
+      ptx::mbarrier_wait(&smem_.q_full, piece_parities_ >> 1);
+      piece_parities_ ^= 2;
+    }
   }
 
   __device__ __forceinline__ void finish_piece(const schedule::Piece& piece) {
     // The two warpgroups end with the same maximum; their sums are of different blocks.
-    float (&sums)[kMathGroups][kRows] = smem_.row_sum[piece_parity_];
+    float (&sums)[kMathGroups][kRows] = smem_.row_sum[piece_parities_ & 1];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       state_.sum[h] += __shfl_xor_sync(0xffffffff, state_.sum[h], 1);
@@ -461,8 +468,8 @@ class MathGroup {
       if (lane_ % 4 == 0) sums[kGroup][row_ + 8 * h] = state_.sum[h];
     }
     ptx::mbarrier_arrive(&smem_.sums_full);
-    ptx::mbarrier_wait(&smem_.sums_full, piece_parity_);
-    piece_parity_ ^= 1;
+    ptx::mbarrier_wait(&smem_.sums_full, piece_parities_ & 1);
+    piece_parities_ ^= 1;
     // Warps without a row have nothing to store.
     if (smem_.place.row_tile * kRows + thread_ / 32 * 16 >= kp_.rows) return;
     // Both warpgroups add in the same order, so both get the same bits.
@@ -502,24 +509,37 @@ class MathGroup {
   }
 
   // As the registers hold it, which takes few instructions: this code runs once and comes from a
-  // cold instruction cache.
+  // cold instruction cache. Rounded: see common/partial_results.h.
   __device__ __forceinline__ void store_partial(const schedule::Piece& piece,
                                                 const float (&sums)[2]) {
-    constexpr int kTiles = S::kHalfColumns / partial::kTileColumns;
-    const int64_t slab = partial_slab(kp_, smem_.place, piece, thread_ / 32);
-    float4* values = reinterpret_cast<float4*>(kp_.p.partial_out) +
-                     slab * (partial::values(S::kDimV) / 4) + kGroup * kTiles * partial::kLanes +
-                     lane_;
+    constexpr int kPairs = S::kHalfColumns / partial::kTileColumns / 2;
+    const int64_t half = partial_slab(kp_, smem_.place, piece, thread_ / 32) * 2 + kGroup;
+    float factor[2];
+    float4 scaled;
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      values[j * partial::kLanes] = {out_[4 * j], out_[4 * j + 1], out_[4 * j + 2],
-                                     out_[4 * j + 3]};
-    }
-    if (kGroup == 0 && lane_ % 4 == 0) {
+    for (int h = 0; h < 2; ++h) {
+      float magnitude = 0.f;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        store_partial_sums(kp_, slab, lane_ / 4, h, {state_.max[h], sums[h]});
+      for (int i = 0; i < S::kAccumulators; i += 4) {
+        magnitude += fabsf(out_[i + 2 * h]) + fabsf(out_[i + 2 * h + 1]);
       }
+      const partial::Scale scale = partial::scale_of(magnitude, sums[h]);
+      factor[h] = scale.factor;
+      (h == 0 ? scaled.x : scaled.z) = state_.max[h] + scale.exponent;
+      (h == 0 ? scaled.y : scaled.w) = sums[h] * scale.factor;
+    }
+    reinterpret_cast<float4*>(kp_.p.partial_sums)[half * partial::kLanes + lane_] = scaled;
+    uint4* values =
+        reinterpret_cast<uint4*>(kp_.p.partial_out) + half * (kPairs * partial::kLanes) + lane_;
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* columns = &out_[8 * pair + 2 * i];
+        x[i] = ptx::pack<__half>(columns[0] * factor[i % 2], columns[1] * factor[i % 2]);
+      }
+      values[pair * partial::kLanes] = {x[0], x[1], x[2], x[3]};
     }
   }
 
@@ -536,8 +556,7 @@ class MathGroup {
   int visible_tokens_[2];
   int unmasked_tokens_;  // no row of the tile is masked before this token
   uint32_t parity_[kBuffers] = {0, 0};
-  uint32_t q_parity_ = 0;
-  uint32_t piece_parity_ = 0;
+  uint32_t piece_parities_ = 0;  // bit 0 of the sums, bit 1 of the queries: registers are scarce
 };
 
 }  // namespace flashmla::sm90::decode

@@ -120,7 +120,7 @@ __device__ __forceinline__ void copy_queries(const KernelParams<P>& kp, const Te
   PieceWalk<P> walk(kp.p, smem.place.part);
   schedule::Piece piece;
   while (walk.next(kp.p, piece)) {
-    if (piece.first_block >= piece.end_block) continue;
+    if (piece.first_block >= piece.end_block || !needs_queries<P>(piece)) continue;
     ptx::mbarrier_wait(&smem.q_empty, empty_parity);
     empty_parity ^= 1;
     if (lane == 0) {
@@ -147,7 +147,7 @@ __device__ __forceinline__ void gather_queries(const KernelParams<P>& kp, Shared
   PieceWalk<P> walk(kp.p, smem.place.part);
   schedule::Piece piece;
   while (walk.next(kp.p, piece)) {
-    if (piece.first_block >= piece.end_block) continue;
+    if (piece.first_block >= piece.end_block || !needs_queries<P>(piece)) continue;
     ptx::mbarrier_wait(&smem.q_empty, empty_parity);
     empty_parity ^= 1;
 #pragma unroll 4

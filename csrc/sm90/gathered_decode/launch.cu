@@ -46,6 +46,20 @@ Status launch_sparse_decode_sm90(const SparseDecodeParams& params, cudaStream_t 
   return {cudaErrorNotSupported, "cache format of the sparse decode kernel"};
 }
 
+// Kernels that multiply FP8 codes from registers: of a row a lane has too little there for a scale of
+// its own.
+bool leaves_float_pieces(const DecodeParams& params) {
+  switch (params.format) {
+    case CacheFormat::kFp8V32:
+      return sm90::fp8_few_rows_decode::takes(params) || sm90::fp8_many_rows_decode::takes(params);
+    case CacheFormat::kFp8V4:
+      return sm90::fp8_few_rows_decode::takes(params);
+    case CacheFormat::kPlain:
+      return false;
+  }
+  return false;
+}
+
 }  // namespace flashmla
 
 namespace flashmla::sm90::gathered_decode {

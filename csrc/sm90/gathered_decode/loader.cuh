@@ -39,16 +39,16 @@ class Loader : protected TokenFinder<P, kFormat> {
   __device__ __forceinline__ void copy_queries(int request, bool must) {
     if (!queries_are_due_) return;
     if (warp_ == 0) {
-      const bool free = __all_sync(kAllLanes, ptx::mbarrier_test(&smem_.q_empty, q_parity_));
+      const bool free = __all_sync(kAllLanes, ptx::mbarrier_test(&smem_.q_empty, q_parity()));
       if (!free && !must) return;
-      if (!free) ptx::mbarrier_wait(&smem_.q_empty, q_parity_);
+      if (!free) ptx::mbarrier_wait(&smem_.q_empty, q_parity());
       if (lane_ == 0) {
         ptx::mbarrier_arrive_expect_tx(&smem_.q_full, sizeof(smem_.q));
         const int entry = P::kSparse ? request * kp_.p.slices + smem_.place.slice : request;
         ptx::tma_load_4d(smem_.q, &queries_, &smem_.q_full, ptx::evict_first_policy(), 0,
                          smem_.place.row_tile * kRows, 0, entry);
       }
-      q_parity_ ^= 1;
+      empty_parity_ ^= kQueries;
     }
     queries_are_due_ = false;
   }
@@ -111,8 +111,10 @@ class Loader : protected TokenFinder<P, kFormat> {
 
   const CUtensorMap& queries_;
   bool queries_are_due_ = false;
-  uint32_t q_parity_ = 1;      // a fresh barrier lets the first wait pass
-  uint32_t empty_parity_ = 3;  // a bit for each buffer
+  // A bit for each buffer, and one for the queries. A fresh barrier lets the first wait pass.
+  static constexpr uint32_t kQueries = 1 << kBuffers;
+  __device__ __forceinline__ uint32_t q_parity() const { return empty_parity_ >> kBuffers; }
+  uint32_t empty_parity_ = 2 * kQueries - 1;
 };
 
 // FP8 values, through a stage in shared memory that is private to a warp.
@@ -207,7 +209,7 @@ class ConvertingLoader : Loader<P, kFormat> {
       this->empty_parity_ ^= 1 << buffer;
       buffer = next_buffer;
       mark = next_mark;
-      if (more && Base::block(number + 1).flags & kBlockBeginsPiece) this->queries_are_due_ = true;
+      if (more && Base::block(number + 1).flags & kBlockNeedsQueries) this->queries_are_due_ = true;
     }
     ptx::cp_async_wait<0>();
   }
@@ -333,7 +335,7 @@ class CopyingLoader : Loader<P, CacheFormat::kPlain> {
       const uint32_t mark = Base::find(Base::block(number), entries, tokens);
       const int buffer = Base::block(number).buffer;
       const int request = Base::block(number).request;
-      if (Base::block(number).flags & kBlockBeginsPiece) this->queries_are_due_ = true;
+      if (Base::block(number).flags & kBlockNeedsQueries) this->queries_are_due_ = true;
       Base::announce(number + 2);
       const GatheredBlock next = Base::wait_block(number + 1);
       more = next.flags & kBlockExists;

@@ -31,6 +31,19 @@ inline uint32_t pack<__nv_bfloat16>(float lo, float hi) {
   return bits(lo) | bits(hi) << 16;
 }
 
+template <typename T>
+float2 unpack(uint32_t pair);
+
+template <>
+inline float2 unpack<__half>(uint32_t pair) {
+  return __half22float2(std::bit_cast<__half2>(pair));
+}
+
+template <>
+inline float2 unpack<__nv_bfloat16>(uint32_t pair) {
+  return {std::bit_cast<float>(pair << 16), std::bit_cast<float>(pair & 0xffff0000)};
+}
+
 // ---------------------------------------------------------------------------------------------
 // Shared memory. Addresses are distances from its begin.
 
