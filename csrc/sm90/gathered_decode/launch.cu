@@ -46,8 +46,8 @@ Status launch_sparse_decode_sm90(const SparseDecodeParams& params, cudaStream_t 
   return {cudaErrorNotSupported, "cache format of the sparse decode kernel"};
 }
 
-// Kernels that multiply FP8 codes from registers: of a row a lane has too little there for a scale of
-// its own.
+// Kernels that multiply FP8 codes from registers: of a row a lane has too little there for a scale
+// of its own.
 bool leaves_float_pieces(const DecodeParams& params) {
   switch (params.format) {
     case CacheFormat::kFp8V32:
