@@ -754,6 +754,43 @@ def test_fp8_products_of_any_batch_invariant_partition(emulator, second):
     check_products(inputs, got)
 
 
+def cut_dense(scale=1.0):
+    """A request cut into pieces, with weights that are all alike, and values times ``scale``."""
+    inputs = cases.build(dense_case(16, (700,), s_q=1, page_size=64))
+    cache = (inputs.k_cache.astype(np.float32) * np.float32(scale)).astype(cases.BFLOAT16)
+    return dataclasses.replace(inputs, q=np.zeros_like(inputs.q), k_cache=cache)
+
+
+@only_memory
+@pytest.mark.parametrize("exponent", [-55, -20, 15, 85])
+def test_pieces_of_large_and_small_values(emulator, exponent):
+    """Exactly as much larger or smaller as the values are: pieces are scaled to fit."""
+    want, want_lse = decode(emulator, cut_dense(), 5)
+    scale = 2.0**exponent
+    got, lse = decode(emulator, cut_dense(scale), 5)
+    np.testing.assert_array_equal(got.astype(np.float64), want.astype(np.float64) * scale)
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-6)
+
+
+@only_memory
+def test_nan_in_a_column_of_a_piece_stays_there(emulator):
+    """A token of infinite distance has no weight, but 0 x inf is NaN, in one column of a piece."""
+    inputs = cut_dense()
+    q, cache = inputs.q.copy(), inputs.k_cache.copy()
+    q[..., 7] = 1
+    cache[..., 7] = 0
+    cache[inputs.block_table[0, 1], 5, 0, 7] = -np.inf
+    inputs = dataclasses.replace(inputs, q=q, k_cache=cache, attn_sink=None)
+    got, lse = decode(emulator, inputs, 5)
+    assert np.isnan(got[..., 7].astype(np.float64)).all()
+    tokens = cache[inputs.block_table[0, :11]].reshape(-1, 576)[:700].astype(np.float64)
+    want = np.delete(tokens, 64 + 5, axis=0)[:, :512].mean(axis=0)
+    others = np.arange(512) != 7
+    for row in got[0, 0].astype(np.float64):
+        np.testing.assert_allclose(row[others], want[others], rtol=8e-3, atol=1e-4)
+    np.testing.assert_allclose(lse, np.log(699), rtol=1e-6)
+
+
 # Requests of three batch-invariant pieces and of one.
 INVARIANT = {
     "dense": lambda: cases.build(dense_case(33, (700, 0, 90), s_q=1)),

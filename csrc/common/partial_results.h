@@ -11,14 +11,12 @@
 //   blocks.
 // There are two forms, by the kernel that writes them (leaves_float_pieces in launch.h):
 // - Float: for each line r of 8 maximum and sum of row r, and of row r + 8; for each tile a float4
-// of
-//   each lane, first of row r.
+//   of each lane, first of row r.
 // - Rounded to float16, in half of the bytes: for each two tiles 8 numbers of each lane, first of
-// the
-//   first tile. They are multiplied with 2^-e, e being such that they fit, which a lane finds for
-//   each of its rows and for the left and the right half of the columns by itself. So there are m +
-//   e and sum * 2^-e for each lane and half: whoever takes these for maximum and sum need not know
-//   of e.
+//   the first tile. They are multiplied with 2^-e, e being such that they fit, which a lane finds
+//   for each of its rows and for the left and the right half of the columns by itself. So there
+//   are m + e and sum * 2^-e for each lane and half: whoever takes these for maximum and sum need
+//   not know of e.
 // Rows of the last slab that do not exist hold anything.
 #pragma once
 

@@ -16,6 +16,7 @@ struct Scale {
 // NaN value among them, as if they were as large as the weights, whose sum is `sum`.
 __device__ __forceinline__ Scale scale_of(float magnitude, float sum) {
   // What bounds e keeps the sum of the weights, which is scaled, too, far from both ends of float.
+  // So magnitudes below 2^-75 lose digits, and sums of values past 2^116 become infinite.
   constexpr int kLeast = -60;
   constexpr int kMost = 100;
   const float x = magnitude < INFINITY ? magnitude : sum;
