@@ -118,14 +118,6 @@ void bind_pointer(Class& c, const char* name, Pointer Params::* member) {
       [member](Params& p, uintptr_t address) { p.*member = reinterpret_cast<Pointer>(address); });
 }
 
-// The format of the caches as an integer attribute.
-template <typename Class, typename Params>
-void bind_cache_format(Class& c, flashmla::CacheFormat Params::* member) {
-  c.def_prop_rw(
-      "cache_format", [member](const Params& p) { return static_cast<int>(p.*member); },
-      [member](Params& p, int format) { p.*member = static_cast<flashmla::CacheFormat>(format); });
-}
-
 // An enumeration as an integer attribute.
 template <typename Class, typename Params, typename Enum>
 void bind_enum(Class& c, const char* name, Enum Params::* member) {
@@ -224,6 +216,7 @@ void bind_raw(nb::module_& m) {
           },
           nb::arg("i"), nb::arg("lengths"), nb::arg("most"),
           "Address of the lengths of run i (0: all are `most`), and the largest one there can be.");
+  bind_enum(decode, "cache_format", &DecodeParams::format);
   bind_pointer(decode, "q", &DecodeParams::q);
   bind_pointer(decode, "schedule", &DecodeParams::schedule);
   bind_pointer(decode, "attn_sink", &DecodeParams::attn_sink);
@@ -239,7 +232,6 @@ void bind_raw(nb::module_& m) {
       .def_rw("page_size", &DenseDecodeParams::page_size)
       .def_rw("table_width", &DenseDecodeParams::table_width)
       .def_rw("causal", &DenseDecodeParams::causal);
-  bind_cache_format(dense, &DenseDecodeParams::format);
   bind_pointer(dense, "k_cache", &DenseDecodeParams::k_cache);
   bind_pointer(dense, "block_table", &DenseDecodeParams::block_table);
 
@@ -255,7 +247,6 @@ void bind_raw(nb::module_& m) {
           },
           nb::arg("i"), nb::arg("cache"), nb::arg("indices"), nb::arg("num_pages"),
           nb::arg("page_size"), nb::arg("topk"), "Cache i and the indices into it, by address.");
-  bind_cache_format(sparse, &SparseDecodeParams::format);
 
   nb::class_<ScheduleParams> schedule(raw, "ScheduleParams");
   schedule.def("__init__", [](ScheduleParams* p) { new (p) ScheduleParams{}; })
