@@ -30,7 +30,7 @@ constexpr int kLines = kSlabRows / 2;
 constexpr int kTileColumns = 8;
 constexpr int kLanes = 32;
 
-// Floats of a slab that there is room for.
+// Floats of a slab for maxima and sums; the float form needs the first of them only.
 constexpr int kSums = 2 * kLanes * 4;
 FLASHMLA_HOST_DEVICE constexpr int values(int head_dim_v) { return kSlabRows * head_dim_v; }
 

@@ -89,6 +89,7 @@ struct DecodeArrays {
     p.head_dim = numbers["head_dim"];
     p.head_dim_v = numbers["head_dim_v"];
     p.softmax_scale = std::bit_cast<float>(numbers["softmax_scale"]);
+    p.format = static_cast<CacheFormat>(numbers["format"]);
     p.fp8_matmul = numbers["fp8_matmul"];
     p.power_of_two_scales = numbers["power_of_two_scales"];
     p.dtype = numbers["is_fp16"] ? DataType::kFloat16 : DataType::kBFloat16;
@@ -110,9 +111,7 @@ struct DecodeArrays {
 
 void merge() {
   const DecodeArrays arrays;
-  DecodeParams p = arrays.params();
-  p.format = static_cast<CacheFormat>(numbers["format"]);
-  check(launch_combine(p, nullptr));
+  check(launch_combine(arrays.params(), nullptr));
   arrays.write_back();
 }
 
@@ -152,7 +151,6 @@ void decode() {
   const Array extra_k_cache("extra_k_cache"), extra_table("extra_table"),
       extra_lengths("extra_lengths");
   const auto run = [&](auto& p) {
-    p.format = static_cast<CacheFormat>(numbers["format"]);
     check(launch(p));
     check(launch_combine(p, nullptr));
   };

@@ -120,10 +120,14 @@ __device__ __forceinline__ int visible_tokens(const KernelParams<P>& kp,
   return piece.length - (kp.p.seq_q - 1 - token);
 }
 
-// Whether queries are to be loaded for the piece.
+// Whether queries are to be loaded for the piece, and given up after it.
 template <typename P>
 __device__ __forceinline__ bool needs_queries(const schedule::Piece& piece) {
   return !P::kKeepsQueries || piece.needs_queries;
+}
+template <typename P>
+__device__ __forceinline__ bool frees_queries(const schedule::Piece& piece) {
+  return !P::kKeepsQueries || piece.frees_queries;
 }
 
 // Which slab of the workspace is for rows 16 * warp and up of the row tile. See
@@ -154,7 +158,7 @@ __device__ __forceinline__ void store_empty(const KernelParams<P>& kp, const Pla
   if (piece.slot >= 0) {
     const int warp = thread / 32;
     if (first_row + warp * partial::kSlabRows >= kp.rows) return;
-    // For each lane, and for each line if there are as many.
+    // Right for both forms: that for lines takes the first of what is for the lanes of a half.
     const int64_t slab = partial_slab(kp, place, piece, warp);
     reinterpret_cast<float4*>(
         kp.p.partial_sums)[(slab * 2 + group) * partial::kLanes + thread % 32] = {-INFINITY, 0.f,

@@ -78,7 +78,7 @@ class MathGroup {
         wgmma::wait<2>();
         release_values<1>();
       }
-      finish_scores<0>(s, block + 2 >= piece.end_block && frees_queries(piece));
+      finish_scores<0>(s, block + 2 >= piece.end_block && frees_queries<P>(piece));
       wgmma::hold(out_);
       mask(piece, block, s);
       move_max<0>(s, factor);
@@ -113,7 +113,7 @@ class MathGroup {
 #pragma unroll 1
     for (int block = piece.first_block; block < piece.end_block; block += 2) {
       const bool has_odd = block + 1 < piece.end_block;
-      const bool last_of_queries = block + 2 >= piece.end_block && frees_queries(piece);
+      const bool last_of_queries = block + 2 >= piece.end_block && frees_queries<P>(piece);
       float s[32];
       uint32_t p[4][4];
       float factor[2];
@@ -216,10 +216,6 @@ class MathGroup {
     // The scores of all four warps have read the RoPE sub-tile that P is about to replace.
     if constexpr (S::kHasRope) ptx::named_barrier_sync(kBarrierMathGroup + kGroup, 128);
     if (last_of_queries) release_queries();
-  }
-
-  __device__ __forceinline__ static bool frees_queries(const schedule::Piece& piece) {
-    return !P::kKeepsQueries || piece.frees_queries;
   }
 
   __device__ __forceinline__ void release_queries() {
