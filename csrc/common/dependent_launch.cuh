@@ -44,4 +44,13 @@ Status launch_dependent(void (*kernel)(Params...), const char* grid_name, int64_
                                    params...);
 }
 
+// One cluster of CTAs that work together.
+template <typename... Params>
+Status launch_dependent_cluster(void (*kernel)(Params...), const char* grid_name, unsigned ctas,
+                                int threads, size_t shared_bytes, cudaStream_t stream,
+                                const std::type_identity_t<Params>&... params) {
+  return launch_dependent_clusters(kernel, grid_name, ctas, ctas, threads, shared_bytes, stream,
+                                   params...);
+}
+
 }  // namespace flashmla

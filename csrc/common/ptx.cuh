@@ -130,6 +130,12 @@ __device__ __forceinline__ uint32_t cluster_cta_rank() {
   return rank;
 }
 
+__device__ __forceinline__ uint32_t cluster_ctas() {
+  uint32_t ctas;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(ctas));
+  return ctas;
+}
+
 // Address of the same place in the shared memory of another CTA of the cluster.
 __device__ __forceinline__ uint32_t map_to_cta(uint32_t address, uint32_t rank) {
   uint32_t mapped;
@@ -137,7 +143,15 @@ __device__ __forceinline__ uint32_t map_to_cta(uint32_t address, uint32_t rank) 
   return mapped;
 }
 
-// All threads of all CTAs of the cluster, and what they have written to shared memory before.
+// Adds to the integer at the same place in the shared memory of a CTA of the cluster.
+__device__ __forceinline__ void cluster_add(int* place, uint32_t rank, int value) {
+  asm volatile("red.relaxed.cluster.shared::cluster.add.s32 [%0], %1;" ::"r"(
+                   map_to_cta(smem_address(place), rank)),
+               "r"(value)
+               : "memory");
+}
+
+// All threads of all CTAs of the cluster, and what they have written before, to global memory, too.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"

@@ -1,16 +1,18 @@
 // Plans the tile schedule: see common/schedule.h for the format and reference/scheduler.py for the
 // same plan in jnp; both give the same integers.
 //
-// One CTA. The weights of the requests are summed up once; then each part finds by binary search
-// the request whose weights hold its position, part * payload. So the time does not depend on how
-// the parts are spread over the requests. Parts of even pieces are found in the same way, by the
-// numbers of pieces. Two forms, chosen by shapes only:
+// The weights of the requests are summed up once; then each part finds by binary search the request
+// whose weights hold its position, part * payload. So the time does not depend on how the parts are
+// spread over the requests. Parts of even pieces are found in the same way, by the numbers of
+// pieces. Two forms, chosen by shapes only:
 //
-// - Up to 1024 requests and parts, where even pieces may be planned: a thread for each request and
-//   each part, all in registers and shared memory. This is latency, so scans take one barrier and
-//   divisions are kept few.
-// - Else the requests are grouped into at most 1024 segments. Only sums over segments are kept; the
-//   segments that parts begin in are read a second time, as is all of a batch-invariant batch.
+// - Up to 1024 requests and parts, where even pieces may be planned: one CTA with a thread for each
+//   request and each part, all in registers and shared memory. This is latency, so scans take one
+//   barrier and divisions are kept few.
+// - Else a cluster of CTAs, and requests grouped into at most 1024 segments. Only sums over
+// segments
+//   are kept, all of them by each CTA; the segments that parts begin in are read a second time, as
+//   is all of a batch-invariant batch.
 #include <algorithm>
 
 #include "common/dependent_launch.cuh"
@@ -343,6 +345,7 @@ constexpr int kTileRows = 4;
 constexpr int kTile = 32 * kTileRows;  // requests that a warp takes together
 constexpr int kTilesAtOnce = 4;        // loads in flight while summing up: 16 a thread
 constexpr int kMaxSegments = kMaxThreads;
+constexpr int kClusterCtas = 8;  // the most that any GPU with clusters has room for
 
 // While planning, a row holds besides begin and end of the part those it would have if no request
 // is cut: (request, cost of all requests before that one) in columns 4 and 5, and 6 and 7.
@@ -446,7 +449,8 @@ __device__ __forceinline__ void write_splits(const ScheduleParams& p, const Weig
   }
 }
 
-// A segment is 2^log_segment_tiles tiles, and there are at most kMaxSegments.
+// A segment is 2^log_segment_tiles tiles, and there are at most kMaxSegments. Segments and parts
+// are dealt out to the CTAs of the cluster, which is all of the grid.
 __global__ void __launch_bounds__(kMaxThreads)
     large_schedule_kernel(const ScheduleParams p, int most_blocks, int log_segment_tiles) {
   // For each segment its weight and its cuts, then the sums of those before it.
@@ -454,12 +458,20 @@ __global__ void __launch_bounds__(kMaxThreads)
   __shared__ int cuts[kMaxSegments + 1];
   __shared__ int weight_sums[kMaxWarps];
   __shared__ int cut_sums[kMaxWarps];
-  __shared__ int busy[kMaxSegments];  // the segments that parts begin in, in any order
+  __shared__ int busy[kMaxSegments];  // this CTA's segments that parts begin in, in any order
   __shared__ int num_busy;
+  __shared__ int num_too_much;  // CTAs that have a part with too much work if no request is cut
   __shared__ TileScratch scratch[kMaxWarps];
   const int thread = threadIdx.x;
   const int lane = thread % 32;
   const int warp = thread / 32;
+  const int num_ctas = ptx::cluster_ctas();
+  const int cta = ptx::cluster_cta_rank();
+  // Of all threads and warps of the cluster, neighbours are in different CTAs.
+  const int all_threads = num_ctas * kMaxThreads;
+  const int all_warps = num_ctas * kMaxWarps;
+  const int cluster_thread = num_ctas * thread + cta;
+  const int cluster_warp = num_ctas * warp + cta;
   const Weights weights(p, most_blocks);
   const int num_tiles = schedule::ceil_div(p.batch, kTile);
   const int num_segments = schedule::ceil_div(num_tiles, 1 << log_segment_tiles);
@@ -467,15 +479,19 @@ __global__ void __launch_bounds__(kMaxThreads)
   const auto end_of_segment = [&](int segment) {
     return segment + 1 < num_segments ? begin_of_segment(segment + 1) : p.batch;
   };
+  // Adds to a number of all CTAs; a warp as one.
+  const auto add_everywhere = [&](int& number, int value) {
+    if (lane < num_ctas) ptx::cluster_add(&number, lane, value);
+  };
   starts[thread] = 0;
   cuts[thread] = 0;
-  if (thread == 0) num_busy = 0;
-  __syncthreads();
+  if (thread == 0) num_busy = num_too_much = 0;
+  ptx::cluster_sync();
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
 
   // Sums over segments.
-  for (int tile = kTilesAtOnce * warp; tile < num_tiles; tile += kTilesAtOnce * kMaxWarps) {
+  for (int tile = kTilesAtOnce * cluster_warp; tile < num_tiles; tile += kTilesAtOnce * all_warps) {
     int values[kTilesAtOnce * kTileRows];
     weights.load(tile * kTile + lane, values);
 #pragma unroll
@@ -488,20 +504,20 @@ __global__ void __launch_bounds__(kMaxThreads)
         weight += value;
         if (p.batch_invariant) invariant += invariant_cuts(value - schedule::kOverheadBlocks);
       }
-      weight = __reduce_add_sync(kAllLanes, weight);
-      if (p.batch_invariant) invariant = __reduce_add_sync(kAllLanes, invariant);
-      if (lane == 0 && tile + i < num_tiles) {
-        atomicAdd(&starts[(tile + i) >> log_segment_tiles], weight);
-        if (p.batch_invariant) atomicAdd(&cuts[(tile + i) >> log_segment_tiles], invariant);
+      if (tile + i >= num_tiles) break;
+      const int segment = (tile + i) >> log_segment_tiles;
+      add_everywhere(starts[segment], __reduce_add_sync(kAllLanes, weight));
+      if (p.batch_invariant) {
+        add_everywhere(cuts[segment], __reduce_add_sync(kAllLanes, invariant));
       }
     }
   }
-  __syncthreads();
+  ptx::cluster_sync();
   const int weight = starts[thread];
   const auto [start, total] = cta_scan(weight, weight_sums);
   const int payload = payload_of(total, p.num_parts);
   starts[thread] = start;
-  if (divide_up(start, payload) < divide_up(start + weight, payload)) {
+  if (thread % num_ctas == cta && divide_up(start, payload) < divide_up(start + weight, payload)) {
     busy[atomicAdd(&num_busy, 1)] = thread;
   }
   const auto sum_up_cuts = [&] {
@@ -514,42 +530,47 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   // Begins of the parts; of those for which no work is left, and the end of the last one, first.
 #pragma unroll 1
-  for (int part = divide_up(total, payload) + thread; part <= p.num_parts; part += kMaxThreads) {
+  for (int part = divide_up(total, payload) + cluster_thread; part <= p.num_parts;
+       part += all_threads) {
     store_begin(p, part, {p.batch, 0}, p.batch, total);
   }
   for (int i = warp; i < num_busy; i += kMaxWarps) {
     const int segment = busy[i];
     const int segment_cuts = plan_segment(p, weights, payload, begin_of_segment(segment),
                                           end_of_segment(segment), starts[segment], scratch[warp]);
-    if (!p.batch_invariant && lane == 0) cuts[segment] = segment_cuts;
+    if (!p.batch_invariant) add_everywhere(cuts[segment], segment_cuts);
   }
-  __syncthreads();
+  ptx::cluster_sync();
 
   // Cut no request if that leaves no part with much more than its share.
   if (!p.batch_invariant) sum_up_cuts();
   bool too_much = p.batch_invariant;
 #pragma unroll 1
-  for (int part = thread; part < p.num_parts; part += kMaxThreads) {
+  for (int part = cluster_thread; part < p.num_parts; part += all_threads) {
     const int4 whole = reinterpret_cast<const int4*>(p.schedule)[int64_t{2} * part + 1];
     too_much |= whole.w - whole.y > payload + schedule::kWholeRequestSlack;
   }
-  const bool cut_requests = __syncthreads_or(too_much);
+  too_much = __syncthreads_or(too_much);
+  if (warp == 0) add_everywhere(num_too_much, too_much);
+  ptx::cluster_sync();
+  const bool cut_requests = num_too_much > 0;
 
 #pragma unroll 1
-  for (int part = thread; part < p.num_parts; part += kMaxThreads) {
+  for (int part = cluster_thread; part < p.num_parts; part += all_threads) {
     int4* row = reinterpret_cast<int4*>(p.schedule) + int64_t{2} * part;
     if (!cut_requests) row[0] = {row[1].x, 0, row[1].z, 0};
     row[1] = {p.batch, p.row_tiles, schedule::expected_stamp(p.batch_invariant, p.sparse),
               p.num_parts};
   }
-  if (thread == 0) p.num_splits[0] = 0;
+  if (cta == 0 && thread == 0) p.num_splits[0] = 0;
   if (!cut_requests) {
-    for (int request = thread; request < p.batch; request += kMaxThreads) {
+    for (int request = cta * kMaxThreads + thread; request < p.batch; request += all_threads) {
       p.num_splits[request + 1] = request + 1;
     }
     return;
   }
-  for (int segment = warp; segment < num_segments; segment += kMaxWarps) {
+  // A segment's CTA is the one that has planned it.
+  for (int segment = cluster_warp; segment < num_segments; segment += all_warps) {
     write_splits(p, weights, begin_of_segment(segment), end_of_segment(segment), cuts[segment],
                  cuts[segment] < cuts[segment + 1]);
   }
@@ -570,8 +591,8 @@ Status launch_schedule(const ScheduleParams& params, cudaStream_t stream) {
   }
   int log_segment_tiles = 0;
   while ((int64_t{kTile} * kMaxSegments << log_segment_tiles) < params.batch) ++log_segment_tiles;
-  return launch_dependent(&large_schedule_kernel, kGrid, 1, kMaxThreads, 0, stream, params,
-                          most_blocks, log_segment_tiles);
+  return launch_dependent_cluster(&large_schedule_kernel, kGrid, kClusterCtas, kMaxThreads, 0,
+                                  stream, params, most_blocks, log_segment_tiles);
 }
 
 }  // namespace flashmla

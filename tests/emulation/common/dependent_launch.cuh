@@ -25,4 +25,12 @@ Status launch_dependent_clusters(void (*kernel)(Params...), const char* name, un
   return launch_dependent(kernel, name, ctas, threads, bytes, stream, params...);
 }
 
+// As one CTA, which ptx::cluster_ctas() says.
+template <typename... Params>
+Status launch_dependent_cluster(void (*kernel)(Params...), const char* name, unsigned, int threads,
+                                size_t bytes, cudaStream_t stream,
+                                const std::type_identity_t<Params>&... params) {
+  return launch_dependent(kernel, name, 1, threads, bytes, stream, params...);
+}
+
 }  // namespace flashmla

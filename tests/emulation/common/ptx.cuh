@@ -133,9 +133,15 @@ inline bool named_barrier_or(int id, int threads, bool value) {
   return simt::named_barrier(id, threads).meet(value);
 }
 
-// Clusters are not emulated: their kernels are compiled only.
-inline void cluster_sync() { std::abort(); }
-inline uint32_t cluster_cta_rank() { std::abort(); }
+// Clusters are not emulated, but as one of a single CTA. Kernels that want a second one are
+// compiled only.
+inline void cluster_sync() { __syncthreads(); }
+inline uint32_t cluster_cta_rank() { return 0; }
+inline uint32_t cluster_ctas() { return 1; }
+inline void cluster_add(int* place, uint32_t rank, int value) {
+  if (rank != 0) std::abort();
+  atomicAdd(place, value);
+}
 inline uint32_t map_to_cta(uint32_t, uint32_t) { std::abort(); }
 inline void mbarrier_arrive_cluster(uint32_t) { std::abort(); }
 inline void st_async_16(uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t) {
