@@ -15,10 +15,11 @@ struct Scale {
 // largest of a hundred keeps all 11 bits, and so do those a thousandth of it. With an infinite or
 // NaN value among them, as if they were as large as the weights, whose sum is `sum`.
 __device__ __forceinline__ Scale scale_of(float magnitude, float sum) {
-  // What bounds e keeps the sum of the weights, which is scaled, too, far from both ends of float.
-  // So magnitudes below 2^-75 lose digits, and sums of values past 2^116 become infinite.
+  // What bounds e keeps the sum of the weights, which is scaled, too, from both ends of float: it
+  // is between 1 and 2^39. The largest floats fit into float16 with 2^-112; magnitudes below 2^-75
+  // lose digits.
   constexpr int kLeast = -60;
-  constexpr int kMost = 100;
+  constexpr int kMost = 112;
   const float x = magnitude < INFINITY ? magnitude : sum;
   const int exponent = static_cast<int>(__float_as_uint(x) >> 23) - 126;
   const int e = x == 0.f ? 0 : max(min(exponent, kMost), kLeast);
