@@ -88,8 +88,9 @@ xla::ffi::Error read_cache(const char* op, const xla::ffi::AnyBuffer& cache, int
 // `capacity` tokens, those of each run filled up to whole blocks. No dimension of out may be 0.
 template <typename Shapes>
 xla::ffi::Error fill_decode_params(const char* op, const DecodeBuffers& x, int heads_kv,
-                                   bool sparse, int64_t capacity, float softmax_scale,
-                                   bool batch_invariant, const Shapes& shapes, DecodeParams* p) {
+                                   bool sparse, int32_t cache_format, int64_t capacity,
+                                   float softmax_scale, bool batch_invariant, const Shapes& shapes,
+                                   DecodeParams* p) {
   const auto q_dims = x.q.dimensions();
   const auto out_dims = x.out->dimensions();
   const auto lse_dims = x.lse->dimensions();
@@ -121,6 +122,7 @@ xla::ffi::Error fill_decode_params(const char* op, const DecodeBuffers& x, int h
   const int64_t rows = int64_t{p->seq_q} * (p->heads_q / heads_kv);
   FLASHMLA_CHECK(op, rows * heads_kv <= INT32_MAX, shapes);
   p->sparse = sparse;
+  p->format = static_cast<CacheFormat>(cache_format);
   p->slices = sparse ? p->seq_q : heads_kv;
   const int slabs = partial::slabs_of_slice(partial::rows_of_slice(*p));
   FLASHMLA_CHECK(op, partial_dims[1] == p->slices && partial_dims[2] == slabs, shapes);

@@ -33,10 +33,9 @@ ffi::Error dense_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k_
   const int64_t capacity = table_dims[1] * page_size;
   DenseDecodeParams p{};
   FLASHMLA_RETURN_IF_FAILURE(fill_decode_params(kOp, common, cache.heads_kv, /*sparse=*/false,
-                                                capacity, softmax_scale, batch_invariant, shapes,
-                                                &p));
+                                                cache_format, capacity, softmax_scale,
+                                                batch_invariant, shapes, &p));
   FLASHMLA_CHECK(kOp, table_dims[0] == p.batch && lengths_dims[0] == p.batch, shapes);
-  p.format = static_cast<CacheFormat>(cache_format);
   FLASHMLA_CHECK(kOp, p.format == CacheFormat::kPlain || p.format == CacheFormat::kFp8V32, shapes);
   FLASHMLA_CHECK(kOp, !fp8_matmul || p.format == CacheFormat::kFp8V32, shapes);
   FLASHMLA_CHECK(kOp, !power_of_two_scales || p.format != CacheFormat::kPlain, shapes);

@@ -13,11 +13,10 @@ constexpr const char* kOp = "flashmla_sparse_decode";
 template <typename Shapes>
 ffi::Error fill_source(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k_cache,
                        const ffi::Buffer<ffi::S32>& indices, const ffi::Buffer<ffi::S32>& lengths,
-                       int32_t page_size, const Shapes& shapes, int i, int64_t* capacity,
-                       SparseDecodeParams* p) {
+                       int32_t cache_format, int32_t page_size, const Shapes& shapes, int i,
+                       int64_t* capacity, SparseDecodeParams* p) {
   PagedCache cache{};
-  FLASHMLA_RETURN_IF_FAILURE(
-      read_cache(kOp, k_cache, static_cast<int32_t>(p->format), page_size, q, shapes, &cache));
+  FLASHMLA_RETURN_IF_FAILURE(read_cache(kOp, k_cache, cache_format, page_size, q, shapes, &cache));
   FLASHMLA_CHECK(kOp, cache.heads_kv == 1, shapes);
   const auto q_dims = q.dimensions();
   const auto indices_dims = indices.dimensions();
@@ -55,19 +54,20 @@ ffi::Error sparse_decode(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k
   if (out->element_count() == 0) return ffi::Error::Success();
 
   SparseDecodeParams p{};
-  p.format = static_cast<CacheFormat>(cache_format);
   int64_t capacity = 0;
-  FLASHMLA_RETURN_IF_FAILURE(
-      fill_source(q, k_cache, indices, topk_length, page_size, shapes, 0, &capacity, &p));
+  FLASHMLA_RETURN_IF_FAILURE(fill_source(q, k_cache, indices, topk_length, cache_format, page_size,
+                                         shapes, 0, &capacity, &p));
   // Pages of 0 tokens: there is no second cache, whereas one may well be empty.
   if (extra_page_size != 0) {
     FLASHMLA_RETURN_IF_FAILURE(fill_source(q, extra_k_cache, extra_indices, extra_topk_length,
-                                           extra_page_size, shapes, 1, &capacity, &p));
+                                           cache_format, extra_page_size, shapes, 1, &capacity,
+                                           &p));
   } else {
     p.sources[1].page_size = 1;  // nothing is to be divided by 0
   }
-  FLASHMLA_RETURN_IF_FAILURE(fill_decode_params(kOp, common, 1, /*sparse=*/true, capacity,
-                                                softmax_scale, batch_invariant, shapes, &p));
+  FLASHMLA_RETURN_IF_FAILURE(fill_decode_params(kOp, common, 1, /*sparse=*/true, cache_format,
+                                                capacity, softmax_scale, batch_invariant, shapes,
+                                                &p));
   FLASHMLA_CHECK(kOp, !fp8_matmul || p.format == CacheFormat::kFp8V32, shapes);
   FLASHMLA_CHECK(kOp, !power_of_two_scales || p.format != CacheFormat::kPlain, shapes);
   p.fp8_matmul = fp8_matmul;
