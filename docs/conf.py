@@ -78,7 +78,7 @@ api/quantization
 kernels/dense_decode
 kernels/sparse_decode
 kernels/fp8_few_rows
-kernels/fp8_power
+kernels/fp8_many_rows
 kernels/fp8_products
 site/contributing
 site/changelog

@@ -1,5 +1,5 @@
-// Shapes and budgets of decode over V3.2 caches for more than 32 rows: docs/kernels/fp8_power.md
-// and docs/kernels/fp8_products.md.
+// Shapes and budgets of decode over V3.2 caches for more than 32 rows:
+// docs/kernels/fp8_many_rows.md and docs/kernels/fp8_products.md.
 #pragma once
 
 #include "sm90/decode/fp8_tokens.h"
