@@ -57,8 +57,8 @@ struct DecodeParams {
   float* lse;  // [b, h_q, s_q], natural logarithm
 
   // Workspace for requests that are cut into several pieces.
-  float* partial_out;           // [num_slots, slices, slabs, 16 * dv], see common/partial_results.h
-  float* partial_sums;          // [num_slots, slices, slabs, 256]
+  float* partial_out;           // [num_slots, slices, slabs, ..]: see common/partial_results.h
+  float* partial_sums;          // likewise
   int32_t* schedule_is_broken;  // [1]: the attention kernel tells the merge that all is NaN
   int num_slots;                // 2 * num_parts, or batch * slots_per_request when batch_invariant
   int slots_per_request;

@@ -81,8 +81,9 @@ def metadata(
 def max_invariant_splits(capacity: int) -> int:
     """The most pieces a batch-invariant request of up to ``capacity`` tokens has, at least 1."""
     blocks = -(-capacity // scheduler.BLOCK)
-    pieces = -(-blocks // scheduler.MIN_INVARIANT_BLOCKS)
-    return min(max(pieces, 1), scheduler.MAX_INVARIANT_SPLITS)
+    few = min(-(-blocks // scheduler.MIN_INVARIANT_BLOCKS), scheduler.FEW_INVARIANT_SPLITS)
+    many = min(-(-blocks // scheduler.ENOUGH_INVARIANT_BLOCKS), scheduler.MAX_INVARIANT_SPLITS)
+    return max(few, many, 1)
 
 
 def _declined_dtypes(q: Any, k_cache: Any, cache_format: str) -> str | None:
@@ -178,15 +179,18 @@ def sparse_decode_declines(
 
 
 def workspace_shapes(
-    slots: int, *, slices: int, rows: int, head_dim_v: int
+    slots: int, *, slices: int, rows: int, head_dim_v: int, cache_format: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the values and the sums of partial results; see csrc/common/partial_results.h.
+    """Shapes, in floats, of the values and the sums of partial results.
 
-    ``rows`` are those of a request, which fall into ``slices`` that share no keys: KV heads or, if
-    they choose their keys, query tokens.
+    See csrc/common/partial_results.h. ``rows`` are those of a request, which fall into ``slices``
+    that share no keys: KV heads or, if they choose their keys, query tokens. Values are rounded to
+    half a float, but by some of the kernels for FP8 caches.
     """
     leading = (slots, slices, -(-(rows // max(slices, 1)) // 16))
-    return (*leading, 16 * head_dim_v), (*leading, 2 * 32 * 4)
+    is_plain = cache_format == "plain"
+    values, groups = 16 * head_dim_v // (2 if is_plain else 1), 2 if is_plain else 8
+    return (*leading, values), (*leading, groups * 32 * 4)
 
 
 def _call_decode(
@@ -216,7 +220,9 @@ def _call_decode(
     else:
         # A part begins and ends inside a request at most once each; one part cuts nothing.
         slots = 2 * num_parts if num_parts > 1 else 0
-    partial = workspace_shapes(slots, slices=slices, rows=s_q * h_q, head_dim_v=head_dim_v)
+    partial = workspace_shapes(
+        slots, slices=slices, rows=s_q * h_q, head_dim_v=head_dim_v, cache_format=cache_format
+    )
     call = jax.ffi.ffi_call(
         target,
         (

@@ -255,7 +255,9 @@ def workspace_slots(
 
 def workspace_rows(slots: int, *, slices: int, rows: int) -> int:
     """Rows that so many slots have room for, those that fill up slabs among them."""
-    values, _ = _cuda.workspace_shapes(slots, slices=slices, rows=rows, head_dim_v=1)
+    values, _ = _cuda.workspace_shapes(
+        slots, slices=slices, rows=rows, head_dim_v=1, cache_format="fp8_v32"
+    )
     return math.prod(values)
 
 
@@ -303,6 +305,7 @@ class _RawDecode:
     attn_sink: jax.Array | None
     head_dim_v: int
     batch_invariant: bool
+    cache_format: str
     fp8_matmul: bool
     power_of_two_scales: bool
     num_sm_parts: int | None
@@ -328,7 +331,11 @@ class _RawDecode:
         self.partial_out, self.partial_sums = (
             _filled(shape, np.float32, np.nan)
             for shape in _cuda.workspace_shapes(
-                slots, slices=slices, rows=s_q * h_q, head_dim_v=self.head_dim_v
+                slots,
+                slices=slices,
+                rows=s_q * h_q,
+                head_dim_v=self.head_dim_v,
+                cache_format=self.cache_format,
             )
         )
         self.status = _filled((1,), np.int32, -1)

@@ -181,7 +181,7 @@ UNTOUCHED = 0xABAB
 def in_slabs(x, rounded):
     """Rows [slots, slices, rows, n] as csrc/common/partial_results.h has them, with NaN to fill.
 
-    Of values, or of maximum and sum, with an axis (half, c) for lanes before the last if rounded.
+    Of values, or of maximum and sum, with axes (group, c) for lanes before the last if rounded.
     """
     slots, slices, rows, *axes = x.shape
     filled = np.full((slots, slices, -(-rows // 16) * 16, *axes), np.nan, x.dtype)
@@ -215,11 +215,14 @@ class Merge:
         sparse=False,
         dtype=np.float16,
         rounded=True,
+        groups=2,
     ):
-        self.dtype, self.rounded = np.dtype(dtype), rounded
+        self.dtype, self.rounded, self.groups = np.dtype(dtype), rounded, groups
         self.pieces, self.parts, self.h_q, self.h_kv, self.s_q = pieces, parts, h_q, h_kv, s_q
         self.batch_invariant, self.sparse = batch_invariant, sparse
-        self.num_slots = 16 * len(pieces) if batch_invariant else 2 * parts
+        # Up to 16 batch-invariant pieces have 8 blocks, more of them 16.
+        self.most_pieces = 16 if max(pieces) <= 16 else 64
+        self.num_slots = self.most_pieces * len(pieces) if batch_invariant else 2 * parts
         slices = s_q if sparse else h_kv
         b, rows, rng = len(pieces), s_q * h_q // slices, np.random.default_rng(seed)
         begins = [(r, 3 * k) for r, count in enumerate(pieces) for k in range(count)]
@@ -228,8 +231,7 @@ class Merge:
         schedule = [[*begins[i], *begins[i + 1], b, 1, 0, parts] for i in range(parts)]
         self.arrays = {
             "schedule": np.int32(schedule),
-            # Batch-invariant pieces have four blocks.
-            "lengths": np.int32([4 * 64 * count for count in pieces]),
+            "lengths": np.int32([(8 if n <= 16 else 16) * 64 * n for n in pieces]),
             "attn_sink": rng.normal(size=h_q).astype(np.float32) if sink else None,
             "schedule_is_broken": np.zeros(1, np.int32),
             "out": np.full((b, s_q, h_q, dv), UNTOUCHED, np.uint16),
@@ -250,15 +252,15 @@ class Merge:
         if not self.rounded:
             self.arrays["partial_out"] = in_slabs(self.values, False)
             sums = in_slabs(sums, False)
-            rest = np.full((*sums.shape[:3], 256 - sums.shape[3]), np.nan, np.float32)
+            rest = np.full((*sums.shape[:3], 1024 - sums.shape[3]), np.nan, np.float32)
             self.arrays["partial_sums"] = np.concatenate([sums, rest], axis=-1)
             return
-        # Each lane has a scale of its own for each row and half of the columns.
+        # Each lane has a scale of its own for each row and group of columns.
         rng = np.random.default_rng(1)
         *rows, dv = self.values.shape
-        exponent = rng.integers(-9, 10, (*rows, 2, 4)).astype(np.float32)
+        exponent = rng.integers(-9, 10, (*rows, self.groups, 4)).astype(np.float32)
         column = np.arange(dv)
-        scale = np.exp2(exponent)[..., column // (dv // 2), column % 8 // 2]
+        scale = np.exp2(exponent)[..., column // (dv // self.groups), column % 8 // 2]
         stored = (self.values / scale).astype(np.float16)
         self.values = stored.astype(np.float32) * scale
         sums = np.broadcast_to(sums[..., None, None, :], (*exponent.shape, 2)).copy()
@@ -281,16 +283,18 @@ class Merge:
             num_slots=self.num_slots,
             batch_invariant=self.batch_invariant,
             sparse=self.sparse,
-            capacity=CAPACITY,
+            capacity=CAPACITY if self.most_pieces == 16 else 64 * 16 * 64,
             is_fp16=self.dtype == np.float16,
-            format=FORMATS["plain" if self.rounded else "fp8_v32"],
+            format=FORMATS[
+                "fp8_v32" if not self.rounded else "plain" if self.groups == 2 else "fp8_v4"
+            ],
         )
         return self.arrays["out"], self.arrays["lse"]
 
     def slots(self, request):
         """Where the pieces are: the first one is its part's last piece, the others the first."""
         if self.batch_invariant:
-            return 16 * request + np.arange(self.pieces[request])
+            return self.most_pieces * request + np.arange(self.pieces[request])
         first = sum(self.pieces[:request])
         parts = np.arange(first, first + self.pieces[request])
         return 2 * parts + (parts == first)
@@ -347,6 +351,8 @@ MERGES = {
     "a warp, 8 tiles": case([2, 1, 1, 3] * 9, 66, 63, h_kv=3, sink=True),
     "batch-invariant": case([16, 1, 3], 20, 3, sink=True, batch_invariant=True),
     "batch-invariant, a warp": case([3, 16, 9, 1, 5], 34, 128, sink=True, batch_invariant=True),
+    "batch-invariant, many": case([61], 64, 5, batch_invariant=True),
+    "batch-invariant, many, a warp": case([38, 1, 17], 56, 64, sink=True, batch_invariant=True),
     "by parts": case([1, 1, 0, 1, 2, 1, 0, 1, 1, 0, 0, 1], 9, 2),
 }
 
@@ -375,6 +381,11 @@ MERGES_IN_FORMS = {
         f"{name}, float": (name, {"dtype": cases.BFLOAT16, "rounded": False})
         for name in MERGES
         if "256" not in name and name not in ("8 warps, 4 tiles each", "2 warps", "a warp, 4 tiles")
+    },
+    # Of FP8 caches, with more than 32 rows.
+    **{
+        f"{name}, FP8": (name, {"dtype": cases.BFLOAT16, "groups": 8})
+        for name in ("8 warps, 2 tiles each", "4 warps", "batch-invariant, a warp")
     },
 }
 
@@ -414,19 +425,19 @@ def test_infinite_values_of_a_piece_without_weight_make_nan(emulator, name, form
 
 @only_memory
 @FORMS
-@pytest.mark.parametrize("pieces", [5, 16])
+@pytest.mark.parametrize("pieces", [5, 16, 30])
 def test_batch_invariant_merge_is_the_same_however_it_is_shared(emulator, pieces, form):
     """Alone the four runs of pieces have a warp each, of a batch one warp takes all of them."""
-    alone = Merge([pieces], 16, 128, sink=True, batch_invariant=True, **form)
+    alone = Merge([pieces], 32, 128, sink=True, batch_invariant=True, **form)
     want = [x[0].copy() for x in alone.run(emulator)]
     assert not (want[0] == UNTOUCHED).all()
     for b in (2, 3, 5):
         batch = Merge(
-            [2] * (b - 1) + [pieces], 16 + 2 * b, 128, sink=True, batch_invariant=True, **form
+            [2] * (b - 1) + [pieces], 32 + 2 * b, 128, sink=True, batch_invariant=True, **form
         )
         batch.arrays["attn_sink"] = alone.arrays["attn_sink"]
         for name in ("partial_out", "partial_sums"):
-            batch.arrays[name][16 * (b - 1) :] = alone.arrays[name]
+            batch.arrays[name][alone.num_slots * (b - 1) :] = alone.arrays[name]
         out, lse = batch.run(emulator)
         np.testing.assert_array_equal(out[-1], want[0])
         np.testing.assert_array_equal(lse[-1], want[1])
@@ -533,7 +544,9 @@ def decode(
         "out": np.full((b, s_q, h_q, 512), -777, cases.BFLOAT16),
         "lse": np.full((b, h_q, s_q), -777, np.float32),
         "partial_out": np.full((slabs, 16 * 512), np.nan, np.float32),
-        "partial_sums": np.full((slabs, 256), np.nan, np.float32),
+        "partial_sums": np.full(
+            (slabs, 256 if cache_format == "plain" else 1024), np.nan, np.float32
+        ),
         "schedule_is_broken": np.zeros(1, np.int32),
     }
     emulator.run(
@@ -707,9 +720,11 @@ def test_other_scales_than_promised_make_nan(emulator, token):
 @pytest.mark.parametrize("low,high", sparse_cases.V4_SCALES)
 @pytest.mark.parametrize("h_q", [16, 40])
 def test_v4_scales_of_any_size(emulator, low, high, h_q):
+    """Of whole requests, and of pieces, which keep tiles however much smaller they are."""
     inputs = sparse(h_q, "fp8_v4", s_q=1, invalid=0.0)
     inputs = sparse_cases.with_scales(inputs, sparse_cases.v4_scales(low, high))
-    sparse_cases.check_by_tiles(decode(emulator, inputs, 2), inputs.expected())
+    for parts in (2, 5):
+        sparse_cases.check_by_tiles(decode(emulator, inputs, parts), inputs.expected())
 
 
 @only_memory
@@ -800,10 +815,10 @@ def test_nan_in_a_column_of_a_piece_stays_there(emulator):
 
 # Requests of three batch-invariant pieces and of one.
 INVARIANT = {
-    "dense": lambda: cases.build(dense_case(33, (700, 0, 90), s_q=1)),
-    "dense, KV heads": lambda: cases.build(dense_case(6, (700, 0, 90), h_kv=2, page_size=64)),
-    "sparse V4": lambda: sparse(40, "fp8_v4", topk=500, s_q=1, **EXTRA),
-    "sparse plain": lambda: sparse(20, "plain", topk=600, s_q=1),
+    "dense": lambda: cases.build(dense_case(33, (1030, 0, 90), s_q=1)),
+    "dense, KV heads": lambda: cases.build(dense_case(6, (1030, 0, 90), h_kv=2, page_size=64)),
+    "sparse V4": lambda: sparse(40, "fp8_v4", topk=900, s_q=1, **EXTRA),
+    "sparse plain": lambda: sparse(20, "plain", topk=1030, s_q=1),
 }
 
 

@@ -37,7 +37,8 @@ def blocks_of(length):
 
 
 def piece_blocks(blocks):
-    return max(4, ceil(blocks, 16))
+    """8 blocks, then a 16th, then 16 blocks, then a 64th."""
+    return max(8, min(ceil(blocks, 16), 16), ceil(blocks, 64))
 
 
 def least_even_piece(total, row_tiles):
@@ -67,7 +68,8 @@ def plan(blocks, parts, batch_invariant, row_tiles):
     boundaries.append((b, 0))
     whole.append(b)
     most = max(sum(costs[i:j]) for i, j in zip(whole, whole[1:], strict=False))
-    if most <= payload + 5 and not batch_invariant:
+    slack = min(2 + min(sum(blocks), parts) * row_tiles // 32, 5)
+    if most <= payload + slack and not batch_invariant:
         boundaries = [(request, 0) for request in whole]
     elif not batch_invariant and b <= parts <= 1024:
         least = least_even_piece(sum(blocks), row_tiles)
@@ -260,7 +262,7 @@ def test_batch_invariant_pieces_follow_from_the_length_alone(data, length, b):
         assert np.diff(splits)[place] == alone[1]
         inside = [unit for request, unit in rows[:, :2].tolist() if request == place]
         assert all(unit < alone[1] for unit in inside)
-    assert 1 <= alone[1] <= 16
+    assert 1 <= alone[1] <= 64
 
 
 def test_single_part_cuts_nothing():

@@ -14,9 +14,10 @@
 //   of each lane, first of row r.
 // - Rounded to float16, in half of the bytes: for each two tiles 8 numbers of each lane, first of
 //   the first tile. They are multiplied with 2^-e, e being such that they fit, which a lane finds
-//   for each of its rows and for the left and the right half of the columns by itself. So there
-//   are m + e and sum * 2^-e for each lane and half: whoever takes these for maximum and sum need
-//   not know of e.
+//   for each of its rows and each group of columns by itself. So there are m + e and sum * 2^-e for
+//   each group and lane: whoever takes these for maximum and sum need not know of e. Groups are the
+//   left and the right half of the columns; of FP8 caches, where scales may make one of 64 columns
+//   much smaller than the next, these.
 // Rows of the last slab that do not exist hold anything.
 #pragma once
 
@@ -30,9 +31,21 @@ constexpr int kLines = kSlabRows / 2;
 constexpr int kTileColumns = 8;
 constexpr int kLanes = 32;
 
+// Groups of columns with a scale of their own, of 512 columns if FP8.
+constexpr int kPlainScaleGroups = 2;
+constexpr int kFp8ScaleGroups = 8;
+FLASHMLA_HOST_DEVICE constexpr int scale_groups(CacheFormat format) {
+  return format == CacheFormat::kPlain ? kPlainScaleGroups : kFp8ScaleGroups;
+}
 // Floats of a slab for maxima and sums; the float form needs the first of them only.
-constexpr int kSums = 2 * kLanes * 4;
+FLASHMLA_HOST_DEVICE constexpr int sums(CacheFormat format) {
+  return scale_groups(format) * kLanes * 4;
+}
 FLASHMLA_HOST_DEVICE constexpr int values(int head_dim_v) { return kSlabRows * head_dim_v; }
+// Floats that there is room for in place of these.
+FLASHMLA_HOST_DEVICE constexpr int floats(int head_dim_v, CacheFormat format) {
+  return values(head_dim_v) / (format == CacheFormat::kPlain ? 2 : 1);
+}
 
 FLASHMLA_HOST_DEVICE int rows_of_slice(const DecodeParams& p) {
   return p.seq_q * p.heads_q / p.slices;

@@ -25,9 +25,11 @@ constexpr int kRowTileRows = 64;
 constexpr int kOverheadBlocks = 2;
 // The least share of a part, in blocks: smaller ones cost more to merge than they save.
 constexpr int kMinShareBlocks = 2;
-// Parts of whole requests only are preferred while the largest costs at most this many blocks more
-// than an even share: writing and merging partial results costs about as much.
-constexpr int kWholeRequestSlack = 5;
+// Parts of whole requests only are preferred while the largest costs at most so many blocks more
+// than an even share: writing and merging partial results costs about as much, little or more by
+// how many there would be.
+constexpr int kLeastWholeRequestSlack = 2;
+constexpr int kMostWholeRequestSlack = 5;
 // Else parts of one piece each are preferred, all of the same size: where requests are few enough,
 // and the pieces are at most this many blocks larger than an even share, which counts the
 // overheads. A piece's size is chosen among as many as can be between an even share of the blocks
@@ -39,9 +41,13 @@ constexpr int kEvenSizes = 1 + kOverheadBlocks + kEvenSlack;
 constexpr int kMergedTilesPerBlock = 32;
 // Even pieces are planned for at most so many parts.
 constexpr int kMaxEvenParts = 1024;
-// Batch-invariant splits: at most this many for one request, and at least this many blocks each.
-constexpr int kMaxInvariantSplits = 16;
-constexpr int kMinInvariantBlocks = 4;
+// Batch-invariant splits have at least so many blocks each. There are up to a few of them, until
+// they have enough blocks for their starts and the merge to be cheap; longer requests have more
+// splits of that size. The most there can be bounds the workspace.
+constexpr int kMinInvariantBlocks = 8;
+constexpr int kFewInvariantSplits = 16;
+constexpr int kEnoughInvariantBlocks = 16;
+constexpr int kMaxInvariantSplits = 64;
 
 constexpr int32_t kStamp = 0x4D4C4100;  // format version in the low byte's upper bits
 constexpr int32_t kStampBatchInvariant = 1;
@@ -81,6 +87,17 @@ FLASHMLA_HOST_DEVICE int least_even_piece(int blocks, int row_tiles) {
   return merged > 0 ? 1 << floor_log2(merged) / 2 : 1;
 }
 
+// How much more than an even share the largest part may cost, in blocks, before requests are cut
+// into one piece a part, or fewer if they have fewer blocks.
+FLASHMLA_HOST_DEVICE int whole_request_slack(int blocks, int num_parts, int row_tiles) {
+  // As good as more.
+  constexpr int kEnough = (kMostWholeRequestSlack - kLeastWholeRequestSlack) * kMergedTilesPerBlock;
+  const int pieces = blocks < num_parts ? blocks : num_parts;
+  const int merged =
+      (pieces < kEnough ? pieces : kEnough) * (row_tiles < kEnough ? row_tiles : kEnough);
+  return kLeastWholeRequestSlack + (merged < kEnough ? merged : kEnough) / kMergedTilesPerBlock;
+}
+
 // Number of blocks of a request of `length` tokens; negative lengths count as 0. Written without
 // length + 63, which could overflow.
 FLASHMLA_HOST_DEVICE int blocks_of(int length) {
@@ -89,16 +106,24 @@ FLASHMLA_HOST_DEVICE int blocks_of(int length) {
 
 // Blocks of one batch-invariant split of a request of `blocks` blocks.
 FLASHMLA_HOST_DEVICE int invariant_split_blocks(int blocks) {
-  const int even = ceil_div(blocks, kMaxInvariantSplits);
-  return even > kMinInvariantBlocks ? even : kMinInvariantBlocks;
+  const int few = ceil_div(blocks, kFewInvariantSplits);
+  const int most = ceil_div(blocks, kMaxInvariantSplits);
+  const int split = few < kEnoughInvariantBlocks ? few : kEnoughInvariantBlocks;
+  const int least = most > kMinInvariantBlocks ? most : kMinInvariantBlocks;
+  return split > least ? split : least;
 }
 
 // The most splits a batch-invariant request of up to `capacity` tokens has.
 FLASHMLA_HOST_DEVICE int max_invariant_splits(int64_t capacity) {
   const int64_t blocks = (capacity + kBlockTokens - 1) / kBlockTokens;
-  const int64_t splits = (blocks + kMinInvariantBlocks - 1) / kMinInvariantBlocks;
-  if (splits < 1) return 1;
-  return splits < kMaxInvariantSplits ? static_cast<int>(splits) : kMaxInvariantSplits;
+  const auto splits = [&](int most, int size) {
+    const int64_t of_size = (blocks + size - 1) / size;
+    return of_size < most ? static_cast<int>(of_size) : most;
+  };
+  const int few = splits(kFewInvariantSplits, kMinInvariantBlocks);
+  const int many = splits(kMaxInvariantSplits, kEnoughInvariantBlocks);
+  const int larger = few > many ? few : many;
+  return larger > 1 ? larger : 1;
 }
 
 FLASHMLA_HOST_DEVICE int32_t expected_stamp(bool batch_invariant, bool sparse) {

@@ -126,9 +126,9 @@ xla::ffi::Error fill_decode_params(const char* op, const DecodeBuffers& x, int h
   p->slices = sparse ? p->seq_q : heads_kv;
   const int slabs = partial::slabs_of_slice(partial::rows_of_slice(*p));
   FLASHMLA_CHECK(op, partial_dims[1] == p->slices && partial_dims[2] == slabs, shapes);
-  FLASHMLA_CHECK(op, partial_dims[3] == partial::values(p->head_dim_v), shapes);
+  FLASHMLA_CHECK(op, partial_dims[3] == partial::floats(p->head_dim_v, p->format), shapes);
   FLASHMLA_CHECK(op, sums_dims[0] == p->num_slots && sums_dims[1] == p->slices, shapes);
-  FLASHMLA_CHECK(op, sums_dims[2] == slabs && sums_dims[3] == partial::kSums, shapes);
+  FLASHMLA_CHECK(op, sums_dims[2] == slabs && sums_dims[3] == partial::sums(p->format), shapes);
   FLASHMLA_CHECK(op, x.status->element_count() == 1, shapes);
   // The slots follow from the schedule and must be there, or pieces would be written past the end.
   if (batch_invariant) {

@@ -102,10 +102,15 @@ __device__ Slots invariant_slots(const DecodeParams& p, int request) {
   return {splits, first, first, 1};
 }
 
-// Pieces of a batch-invariant request are added in runs of so many, then the runs one by one. So
-// the result is the same whether a warp adds all runs or each warp has one of them, and the merge
-// can be shared as fits the batch.
-constexpr int kInvariantRun = 4;
+// Pieces of a batch-invariant request are added in so many runs, or fewer if they are few, and then
+// the runs one by one. So the result is the same whether a warp adds all runs or each warp has one
+// of them, and the merge can be shared as fits the batch.
+constexpr int kInvariantRuns = 4;
+constexpr int kLeastInvariantRun = 4;
+
+__device__ __forceinline__ int invariant_run(int pieces) {
+  return max(kLeastInvariantRun, schedule::ceil_div(pieces, kInvariantRuns));
+}
 
 // How the work of a merge is shared: so many warps share the pieces of a slab, a run of pieces
 // each, for so many tiles of 8 columns.
@@ -114,10 +119,9 @@ struct Sharing {
   static constexpr int kTilesOfCta = kWarps / kWarpsPerSlab * kTiles;
   static constexpr int kColumnGroups = kDimV / partial::kTileColumns / kTilesOfCta;
   static_assert(kColumnGroups * kTilesOfCta * partial::kTileColumns == kDimV);
-  static_assert(!kInvariant || kWarpsPerSlab == 1 ||
-                kWarpsPerSlab * kInvariantRun >= schedule::kMaxInvariantSplits);
+  static_assert(!kInvariant || kWarpsPerSlab == 1 || kWarpsPerSlab == kInvariantRuns);
   // Pieces that are loaded and added at once, and warps whose sums are.
-  static constexpr int kAtOnce = kInvariant                 ? kInvariantRun
+  static constexpr int kAtOnce = kInvariant                 ? kLeastInvariantRun
                                  : kTiles == 1 || !kRounded ? 8 / kTiles
                                  : kTiles < 8               ? 4
                                                             : 2;
@@ -138,8 +142,8 @@ struct Stored<kTiles, false> {
   template <int kDimV>
   __device__ __forceinline__ void load(const DecodeParams& p, int64_t slab, int first_tile,
                                        int lane) {
-    sums = __ldcs(reinterpret_cast<const float4*>(p.partial_sums) + slab * (partial::kSums / 4) +
-                  lane / 4);
+    sums = __ldcs(reinterpret_cast<const float4*>(p.partial_sums) +
+                  slab * (partial::sums(p.format) / 4) + lane / 4);
     const float4* x = reinterpret_cast<const float4*>(p.partial_out) +
                       slab * (partial::values(kDimV) / 4) + first_tile * partial::kLanes + lane;
 #pragma unroll
@@ -150,15 +154,18 @@ struct Stored<kTiles, false> {
 
 template <int kTiles>
 struct Stored<kTiles, true> {
-  float4 sums = {-INFINITY, 0.f, -INFINITY, 0.f};  // of this half of the columns
+  float4 sums = {-INFINITY, 0.f, -INFINITY, 0.f};  // of this group of columns
   uint2 pairs[kTiles];
 
   template <int kDimV>
   __device__ __forceinline__ void load(const DecodeParams& p, int64_t slab, int first_tile,
                                        int lane) {
-    const int half = first_tile / (kDimV / partial::kTileColumns / 2);
+    const int groups = partial::scale_groups(p.format);
+    const int group = first_tile * groups / (kDimV / partial::kTileColumns);
+    static_assert(kDimV / partial::kFp8ScaleGroups % (kTiles * partial::kTileColumns) == 0 ||
+                  kDimV != 512);
     sums = __ldcs(reinterpret_cast<const float4*>(p.partial_sums) +
-                  (slab * 2 + half) * partial::kLanes + lane);
+                  (slab * groups + group) * partial::kLanes + lane);
     const uint4* x = reinterpret_cast<const uint4*>(p.partial_out) +
                      slab * (partial::values(kDimV) / 8) + first_tile / 2 * partial::kLanes + lane;
     if constexpr (kTiles == 1) {
@@ -279,15 +286,16 @@ __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spill
   const auto load = [&](int piece, Piece& x) {
     x.template load<kDimV>(p, slots[piece] * slabs_of_request + slab, first_tile, lane);
   };
-  const int per_warp = kInvariant ? kInvariantRun : schedule::ceil_div(slots.count, kWarpsPerSlab);
+  const int per_warp =
+      kInvariant ? invariant_run(slots.count) : schedule::ceil_div(slots.count, kWarpsPerSlab);
   const int begin = chunk * per_warp;
   Total<kTiles> total;
   add_all<Piece, S::kAtOnce>(begin, min(begin + per_warp, slots.count), load, total);
   if constexpr (kInvariant && kWarpsPerSlab == 1) {
 #pragma unroll 1
-    for (int first = kInvariantRun; first < slots.count; first += kInvariantRun) {
+    for (int first = per_warp; first < slots.count; first += per_warp) {
       Total<kTiles> run[1];
-      add_all<Piece, S::kAtOnce>(first, min(first + kInvariantRun, slots.count), load, run[0]);
+      add_all<Piece, S::kAtOnce>(first, min(first + per_warp, slots.count), load, run[0]);
       add(run, total);
     }
   }

@@ -43,9 +43,11 @@ FLASHMLA_HOST_DEVICE int invariant_cuts(int blocks) {
   if (split == kMinInvariantBlocks) {
     return blocks > 0 ? (blocks - 1) / kMinInvariantBlocks : 0;
   }
-  // kMaxInvariantSplits pieces hold the request; less those that it leaves empty.
-  int cuts = kMaxInvariantSplits - 1;
-  for (int spare = kMaxInvariantSplits * split - blocks; spare >= split; spare -= split) --cuts;
+  if (split == kEnoughInvariantBlocks) return (blocks - 1) / kEnoughInvariantBlocks;
+  // So many pieces hold the request; less those that it leaves empty.
+  const int pieces = split < kEnoughInvariantBlocks ? kFewInvariantSplits : kMaxInvariantSplits;
+  int cuts = pieces - 1;
+  for (int spare = pieces * split - blocks; spare >= split; spare -= split) --cuts;
   return cuts;
 }
 
@@ -239,10 +241,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   // The sizes that even pieces may have, and how many pieces they make.
   const bool may_be_even = !p.batch_invariant && p.batch <= p.num_parts;
   const int blocks = is_request ? weight - schedule::kOverheadBlocks : 0;
+  const int all_blocks = total - p.batch * schedule::kOverheadBlocks;
   int least_even = 0;
   int first_even = 0;
   if (may_be_even) {
-    const int all_blocks = total - p.batch * schedule::kOverheadBlocks;
     least_even = schedule::least_even_piece(all_blocks, p.row_tiles);
     first_even = max(static_cast<int>(divide_up(all_blocks, p.num_parts)), least_even);
 #pragma unroll
@@ -278,8 +280,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 
   // Cut no request if that leaves no part with much more than its share.
-  const bool too_much =
-      p.batch_invariant || costs[1] - costs[0] > payload + schedule::kWholeRequestSlack;
+  const int slack = schedule::whole_request_slack(all_blocks, p.num_parts, p.row_tiles);
+  const bool too_much = p.batch_invariant || costs[1] - costs[0] > payload + slack;
   const unsigned cut_mask = __ballot_sync(kAllLanes, begins[0].unit > 0);
   if (lane == 0) cut_parts[warp] = cut_mask;
   const bool cut_requests = __syncthreads_or(too_much);
@@ -544,11 +546,13 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   // Cut no request if that leaves no part with much more than its share.
   if (!p.batch_invariant) sum_up_cuts();
+  const int slack = schedule::whole_request_slack(total - p.batch * schedule::kOverheadBlocks,
+                                                  p.num_parts, p.row_tiles);
   bool too_much = p.batch_invariant;
 #pragma unroll 1
   for (int part = cluster_thread; part < p.num_parts; part += all_threads) {
     const int4 whole = reinterpret_cast<const int4*>(p.schedule)[int64_t{2} * part + 1];
-    too_much |= whole.w - whole.y > payload + schedule::kWholeRequestSlack;
+    too_much |= whole.w - whole.y > payload + slack;
   }
   too_much = __syncthreads_or(too_much);
   if (warp == 0) add_everywhere(num_too_much, too_much);

@@ -29,12 +29,15 @@ import jax.numpy as jnp
 BLOCK = 64  # tokens
 OVERHEAD = 2  # cost of starting a request, in blocks: load of q, prologue, epilogue
 MIN_SHARE = 2  # blocks; smaller parts cost more to merge than they save
-WHOLE_SLACK = 5  # blocks that an uneven share may cost before requests are cut to even it
+LEAST_WHOLE_SLACK = 2  # blocks that an uneven share may cost before requests are cut to even it,
+MOST_WHOLE_SLACK = 5  # by how much there would be to merge
 EVEN_SLACK = 1  # blocks that even pieces may be larger than an even share
 MERGED_TILES_PER_BLOCK = 32  # merging so many row tiles of pieces takes about as long as a block
 MAX_EVEN_PARTS = 1024  # even pieces are planned for at most so many parts
-MAX_INVARIANT_SPLITS = 16  # bounds the workspace of batch-invariant calls
-MIN_INVARIANT_BLOCKS = 4  # blocks; a batch-invariant piece is never smaller unless it is the last
+MIN_INVARIANT_BLOCKS = 8  # blocks; a batch-invariant piece is never smaller unless it is the last
+FEW_INVARIANT_SPLITS = 16  # batch-invariant pieces of a request, unless they would be larger than
+ENOUGH_INVARIANT_BLOCKS = 16  # blocks; then there are more of this size
+MAX_INVARIANT_SPLITS = 64  # but so many at most, which bounds the workspace
 
 STAMP = 0x4D4C4100  # "MLA" and a byte of flags
 STAMP_BATCH_INVARIANT = 1
@@ -55,8 +58,12 @@ def num_blocks(tokens: jax.Array) -> jax.Array:
 
 def split_blocks(blocks: jax.Array) -> jax.Array:
     """Blocks in one batch-invariant piece of a request of ``blocks``: depends on nothing else."""
-    pieces = blocks // MAX_INVARIANT_SPLITS + (blocks % MAX_INVARIANT_SPLITS > 0)
-    return jnp.maximum(pieces, MIN_INVARIANT_BLOCKS)
+
+    def even(pieces: int) -> jax.Array:
+        return blocks // pieces + (blocks % pieces > 0)
+
+    size = jnp.minimum(even(FEW_INVARIANT_SPLITS), ENOUGH_INVARIANT_BLOCKS)
+    return jnp.maximum(jnp.maximum(size, even(MAX_INVARIANT_SPLITS)), MIN_INVARIANT_BLOCKS)
 
 
 def request_blocks(
@@ -108,6 +115,18 @@ def even_piece_blocks(
     return jnp.where(jnp.any(fits), size[jnp.argmax(fits)], 0)
 
 
+def whole_request_slack(total: jax.Array, num_sm_parts: int, row_tiles: int) -> jax.Array:
+    """Blocks that a part of whole requests may cost more than an even share.
+
+    It is about what merging costs, if all ``total`` blocks are cut into one piece a part, or fewer
+    if there are fewer blocks.
+    """
+    enough = (MOST_WHOLE_SLACK - LEAST_WHOLE_SLACK) * MERGED_TILES_PER_BLOCK
+    pieces = jnp.minimum(total, min(num_sm_parts, enough))
+    merged = pieces * min(row_tiles, enough) // MERGED_TILES_PER_BLOCK
+    return jnp.minimum(LEAST_WHOLE_SLACK + merged, MOST_WHOLE_SLACK)
+
+
 def boundaries(
     blocks: jax.Array, num_sm_parts: int, *, row_tiles: int, batch_invariant: bool
 ) -> tuple[jax.Array, jax.Array]:
@@ -129,7 +148,8 @@ def boundaries(
     whole = jnp.where(past, b, request)
     first_cost = jnp.where(past, total, starts[request])
     most = jnp.max(jnp.append(first_cost[1:], total) - first_cost)
-    keep_whole = (most <= payload + WHOLE_SLACK) & (not batch_invariant)
+    slack = whole_request_slack(jnp.sum(blocks), num_sm_parts, row_tiles)
+    keep_whole = (most <= payload + slack) & (not batch_invariant)
     n = blocks[request]
     unit = position - starts[request] - OVERHEAD
     if batch_invariant:

@@ -172,7 +172,7 @@ def _fresh_workspace(*, rows: int, dv: int) -> tuple[jax.Array, jax.Array, jax.A
     # One value more in the second, so that nothing can make them one buffer.
     return (
         jnp.full((rows, dv), jnp.nan, jnp.float32),
-        jnp.full((16 * rows + 1,), jnp.nan, jnp.float32),
+        jnp.full((64 * rows + 1,), jnp.nan, jnp.float32),
         jnp.full((1,), -1, jnp.int32),
     )
 

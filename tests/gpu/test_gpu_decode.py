@@ -527,6 +527,25 @@ def test_nan_stays_with_its_key_head():
     same_bits([got[0][:, :, keep], got[1][:, keep]], [clean[0][:, :, keep], clean[1][:, keep]])
 
 
+@pytest.mark.parametrize("h_q", [16, 128])
+@pytest.mark.parametrize("exponent", [-55, -20, 15, 115])
+def test_pieces_of_large_and_small_values(h_q, exponent):
+    """Exactly as much larger or smaller as the values are: pieces are scaled to fit."""
+    inputs = cases.build(DenseCase("pieces", 2, 0, h_q, s_q=1, lengths=(700, 3000)))
+    cache = inputs.k_cache.astype(np.float32)
+
+    def scaled(scale):
+        values = (cache * np.float32(scale)).astype(cases.BFLOAT16)
+        call = inputs.call() | {"q": np.zeros_like(inputs.q), "k_cache": values}
+        return run(call, num_sm_parts=7, implementation="cuda")
+
+    (want, want_lse), (got, lse) = scaled(1), scaled(2.0**exponent)
+    np.testing.assert_array_equal(
+        np.asarray(got, np.float64), np.asarray(want, np.float64) * 2.0**exponent
+    )
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-6)
+
+
 @pytest.mark.parametrize("empty", ["b", "s_q", "columns", "pages"])
 def test_sizes_of_zero(empty):
     inputs = cases.build(BAD)
@@ -577,6 +596,8 @@ def pick(inputs, requests):
             "invariant-128", 6, 0, 128, attn_sink=True, lengths=(1500, 70, 0, 5000, 257, 256)
         ),
         DenseCase("invariant-fp16", 3, 0, 9, h_kv=3, dtype="float16", lengths=(1030, 4097, 5)),
+        # Of 19, 64 and 16 pieces; the second ones larger.
+        DenseCase("invariant-long", 3, 0, 16, lengths=(19000, 70000, 16384)),
     ],
     ids=lambda case: case.name,
 )

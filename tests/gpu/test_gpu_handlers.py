@@ -265,20 +265,26 @@ def test_recorded_calls_are_good(name):
 INT = np.int32
 
 
-def workspace(slots=264, slices=1, slabs=1, columns=512, sums=256):
+def workspace(slots=264, slices=1, slabs=1, columns=512, sums=None, *, is_fp8=False):
     """Partial results; as they are they go with the calls, which have 132 parts and 16 heads."""
+    if sums is None:
+        sums = 1024 if is_fp8 else 256
     return {
-        "partial_out": array(slots, slices, slabs, 16 * columns, dtype=F32),
+        "partial_out": array(slots, slices, slabs, (16 if is_fp8 else 8) * columns, dtype=F32),
         "partial_sums": array(slots, slices, slabs, sums, dtype=F32),
     }
 
 
-# What no kernel has; the workspace goes with the result.
-NARROW_VALUES = {
-    "out": array(2, 1, 16, 256, dtype=BF16),
-    **workspace(columns=256),
-    "schedule": array(132, 8),
-}
+def narrow_values(is_fp8=False):
+    """What no kernel has; the workspace goes with the result."""
+    return {
+        "out": array(2, 1, 16, 256, dtype=BF16),
+        **workspace(columns=256, is_fp8=is_fp8),
+        "schedule": array(132, 8),
+    }
+
+
+NARROW_VALUES = "values of 256 columns"
 
 # What all decode handlers have in common.
 DECODE_BAD = {
@@ -315,7 +321,7 @@ DECODE_BAD = {
     "heads of lse": {"lse": array(2, 15, 1, dtype=F32)},
     "dtype of lse": {"lse": array(2, 16, 1, dtype=BF16)},
     "no workspace": workspace(slots=0),
-    "rank of workspace": {"partial_out": array(264, 16 * 512, dtype=F32)},
+    "rank of workspace": {"partial_out": array(264, 8 * 512, dtype=F32)},
     "slices of workspace": workspace(slices=2),
     "slabs of workspace": workspace(slabs=2),
     "no slabs of workspace": workspace(slabs=0),
@@ -336,7 +342,7 @@ DECODE_BAD = {
     "page size below 0": {"page_size": INT(-8)},
     "FP8 products of a plain cache": {"fp8_matmul": np.bool_(True)},
     "scales of a plain cache": {"power_of_two_scales": np.bool_(True)},
-    "values of 256 columns": NARROW_VALUES,
+    NARROW_VALUES: narrow_values(),
     "no page size": {"page_size": None},
     "wide page size": {"page_size": np.int64(8)},
     "float format": {"cache_format": np.float32(0)},
@@ -393,7 +399,7 @@ V32_DECODE_BAD = {
         "q": array(2, 1, 16, 576, dtype=F16),
         "out": array(2, 1, 16, 512, dtype=F16),
     },
-    "values of 256 columns": NARROW_VALUES,
+    NARROW_VALUES: narrow_values(is_fp8=True),
 }
 V4_DECODE_BAD = {
     "rank of cache": {"k_cache": array(6, 8, 1, 584, dtype=U8)},
@@ -405,7 +411,7 @@ V4_DECODE_BAD = {
     "columns of q": {"q": array(2, 1, 16, 576, dtype=BF16)},
     "extra bytes": {"extra_k_cache": array(3, page_bytes(1), dtype=U8)},
     "FP8 products": {"fp8_matmul": np.bool_(True)},
-    "values of 256 columns": NARROW_VALUES,
+    NARROW_VALUES: narrow_values(is_fp8=True),
 }
 METADATA_BAD = {
     "lengths": {"lengths": array(3)},
@@ -572,7 +578,7 @@ def test_bad_calls_are_refused(good, what):
         assert re.search(BY_XLA, message), message
         return
     assert f"{call.target}: " in message, message
-    if changes is NARROW_VALUES:  # refused after all checks of the handler, where there are kernels
+    if what == NARROW_VALUES:  # refused after all checks of the handler, where there are kernels
         assert re.search("head.dim.*cudaErrorNotSupported", message), message
         return
     arrays = {n: v for n, v in changes.items() if isinstance(v, jax.ShapeDtypeStruct)}

@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "common/partial_results.h"
 #include "common/schedule.h"
 #include "params.h"
 
@@ -87,6 +88,9 @@ struct Problem {
   static_assert(!kPaired || kLoading == Loading::kConverted);
   // The pieces of a request in a part share its queries. Converting takes the registers for that.
   static constexpr bool kKeepsQueries = kLoading != Loading::kConverted;
+  // Of partial results.
+  static constexpr int kScaleGroups =
+      kLoading == Loading::kConverted ? partial::kFp8ScaleGroups : partial::kPlainScaleGroups;
   using Params = std::conditional_t<kSparse, SparseDecodeParams, DenseDecodeParams>;
 
   static constexpr int kLoadThreads = 128;

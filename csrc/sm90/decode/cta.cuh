@@ -144,7 +144,7 @@ template <typename P>
 __device__ __forceinline__ void store_partial_sums(const KernelParams<P>& kp, int64_t slab,
                                                    int line, int h, const float2& max_and_sum) {
   float2* sums = reinterpret_cast<float2*>(kp.p.partial_sums);
-  sums[slab * (partial::kSums / 2) + line * 2 + h] = max_and_sum;
+  sums[slab * (P::kScaleGroups * partial::kLanes * 2) + line * 2 + h] = max_and_sum;
 }
 
 // A piece without blocks, by warpgroup `group`, which owns that half of the columns: zeros and +inf
@@ -158,11 +158,15 @@ __device__ __forceinline__ void store_empty(const KernelParams<P>& kp, const Pla
   if (piece.slot >= 0) {
     const int warp = thread / 32;
     if (first_row + warp * partial::kSlabRows >= kp.rows) return;
-    // Right for both forms: that for lines takes the first of what is for the lanes of a half.
-    const int64_t slab = partial_slab(kp, place, piece, warp);
-    reinterpret_cast<float4*>(
-        kp.p.partial_sums)[(slab * 2 + group) * partial::kLanes + thread % 32] = {-INFINITY, 0.f,
-                                                                                  -INFINITY, 0.f};
+    // Right for both forms: that for lines takes the first of what is for the lanes of a group.
+    constexpr int kGroupsOfHalf = P::kScaleGroups / 2;
+    const int64_t half = partial_slab(kp, place, piece, warp) * 2 + group;
+    float4* sums = reinterpret_cast<float4*>(kp.p.partial_sums) +
+                   half * (kGroupsOfHalf * partial::kLanes) + thread % 32;
+#pragma unroll
+    for (int g = 0; g < kGroupsOfHalf; ++g) {
+      sums[g * partial::kLanes] = {-INFINITY, 0.f, -INFINITY, 0.f};
+    }
     return;
   }
   for (int i = thread; i < kRows; i += 128) {

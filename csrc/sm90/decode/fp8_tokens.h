@@ -10,6 +10,7 @@ namespace flashmla::sm90::decode {
 template <CacheFormat kFormat_>
 struct Fp8Tokens {
   static constexpr bool kKeepsQueries = false;  // they are prepared anew for each piece
+  static constexpr int kScaleGroups = partial::kFp8ScaleGroups;
   static constexpr CacheFormat kFormat = kFormat_;
   // A token in the cache, of V4 without its scales, which lie elsewhere in the page.
   static constexpr bool kHasScalesApart = kFormat == CacheFormat::kFp8V4;

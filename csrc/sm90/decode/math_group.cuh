@@ -508,34 +508,42 @@ class MathGroup {
   // cold instruction cache. Rounded: see common/partial_results.h.
   __device__ __forceinline__ void store_partial(const schedule::Piece& piece,
                                                 const float (&sums)[2]) {
-    constexpr int kPairs = S::kHalfColumns / partial::kTileColumns / 2;
-    const int64_t half = partial_slab(kp_, smem_.place, piece, thread_ / 32) * 2 + kGroup;
-    float factor[2];
-    float4 scaled;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float magnitude = 0.f;
-#pragma unroll
-      for (int i = 0; i < S::kAccumulators; i += 4) {
-        magnitude += fabsf(out_[i + 2 * h]) + fabsf(out_[i + 2 * h + 1]);
-      }
-      const partial::Scale scale = partial::scale_of(magnitude, sums[h]);
-      factor[h] = scale.factor;
-      (h == 0 ? scaled.x : scaled.z) = state_.max[h] + scale.exponent;
-      (h == 0 ? scaled.y : scaled.w) = sums[h] * scale.factor;
-    }
-    reinterpret_cast<float4*>(kp_.p.partial_sums)[half * partial::kLanes + lane_] = scaled;
+    constexpr int kGroups = P::kScaleGroups / 2;  // of this half
+    constexpr int kPairs = S::kHalfColumns / kGroups / partial::kTileColumns / 2;
+    const int64_t first =
+        (partial_slab(kp_, smem_.place, piece, thread_ / 32) * 2 + kGroup) * kGroups;
+    float4* all_sums =
+        reinterpret_cast<float4*>(kp_.p.partial_sums) + first * partial::kLanes + lane_;
     uint4* values =
-        reinterpret_cast<uint4*>(kp_.p.partial_out) + half * (kPairs * partial::kLanes) + lane_;
+        reinterpret_cast<uint4*>(kp_.p.partial_out) + first * (kPairs * partial::kLanes) + lane_;
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      uint32_t x[4];
+    for (int group = 0; group < kGroups; ++group) {
+      const float* out = &out_[group * kPairs * 8];
+      float factor[2];
+      float4 scaled;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* columns = &out_[8 * pair + 2 * i];
-        x[i] = ptx::pack<__half>(columns[0] * factor[i % 2], columns[1] * factor[i % 2]);
+      for (int h = 0; h < 2; ++h) {
+        float magnitude = 0.f;
+#pragma unroll
+        for (int i = 0; i < kPairs * 8; i += 4) {
+          magnitude += fabsf(out[i + 2 * h]) + fabsf(out[i + 2 * h + 1]);
+        }
+        const partial::Scale scale = partial::scale_of(magnitude, sums[h]);
+        factor[h] = scale.factor;
+        (h == 0 ? scaled.x : scaled.z) = state_.max[h] + scale.exponent;
+        (h == 0 ? scaled.y : scaled.w) = sums[h] * scale.factor;
       }
-      values[pair * partial::kLanes] = {x[0], x[1], x[2], x[3]};
+      all_sums[group * partial::kLanes] = scaled;
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* columns = &out[8 * pair + 2 * i];
+          x[i] = ptx::pack<__half>(columns[0] * factor[i % 2], columns[1] * factor[i % 2]);
+        }
+        values[(group * kPairs + pair) * partial::kLanes] = {x[0], x[1], x[2], x[3]};
+      }
     }
   }
 
