@@ -9,10 +9,9 @@
 // - Up to 1024 requests and parts, where even pieces may be planned: one CTA with a thread for each
 //   request and each part, all in registers and shared memory. This is latency, so scans take one
 //   barrier and divisions are kept few.
-// - Else a cluster of CTAs, and requests grouped into at most 1024 segments. Only sums over
-// segments
-//   are kept, all of them by each CTA; the segments that parts begin in are read a second time, as
-//   is all of a batch-invariant batch.
+// - Else a cluster of CTAs, and requests grouped into at most 1024 segments. Only the sums over
+//   these are kept, all of them by each CTA; the segments that parts begin in are read a second
+//   time, as is all of a batch-invariant batch.
 #include <algorithm>
 
 #include "common/dependent_launch.cuh"
@@ -347,7 +346,7 @@ constexpr int kTileRows = 4;
 constexpr int kTile = 32 * kTileRows;  // requests that a warp takes together
 constexpr int kTilesAtOnce = 4;        // loads in flight while summing up: 16 a thread
 constexpr int kMaxSegments = kMaxThreads;
-constexpr int kClusterCtas = 8;  // the most that any GPU with clusters has room for
+constexpr int kClusterCtas = 8;  // the most that all GPUs with clusters take
 
 // While planning, a row holds besides begin and end of the part those it would have if no request
 // is cut: (request, cost of all requests before that one) in columns 4 and 5, and 6 and 7.
