@@ -81,9 +81,8 @@ def metadata(
 def max_invariant_splits(capacity: int) -> int:
     """The most pieces a batch-invariant request of up to ``capacity`` tokens has, at least 1."""
     blocks = -(-capacity // scheduler.BLOCK)
-    few = min(-(-blocks // scheduler.MIN_INVARIANT_BLOCKS), scheduler.FEW_INVARIANT_SPLITS)
-    many = min(-(-blocks // scheduler.ENOUGH_INVARIANT_BLOCKS), scheduler.MAX_INVARIANT_SPLITS)
-    return max(few, many, 1)
+    pieces = -(-blocks // scheduler.MIN_INVARIANT_BLOCKS)
+    return min(max(pieces, 1), scheduler.MAX_INVARIANT_SPLITS)
 
 
 def _declined_dtypes(q: Any, k_cache: Any, cache_format: str) -> str | None:

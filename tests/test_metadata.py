@@ -37,8 +37,7 @@ def blocks_of(length):
 
 
 def piece_blocks(blocks):
-    """8 blocks, then a 16th, then 16 blocks, then a 64th."""
-    return max(8, min(ceil(blocks, 16), 16), ceil(blocks, 64))
+    return max(8, ceil(blocks, 16))
 
 
 def least_even_piece(total, row_tiles):
@@ -262,7 +261,7 @@ def test_batch_invariant_pieces_follow_from_the_length_alone(data, length, b):
         assert np.diff(splits)[place] == alone[1]
         inside = [unit for request, unit in rows[:, :2].tolist() if request == place]
         assert all(unit < alone[1] for unit in inside)
-    assert 1 <= alone[1] <= 64
+    assert 1 <= alone[1] <= 16
 
 
 def test_single_part_cuts_nothing():

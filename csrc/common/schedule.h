@@ -41,13 +41,9 @@ constexpr int kEvenSizes = 1 + kOverheadBlocks + kEvenSlack;
 constexpr int kMergedTilesPerBlock = 32;
 // Even pieces are planned for at most so many parts.
 constexpr int kMaxEvenParts = 1024;
-// Batch-invariant splits have at least so many blocks each. There are up to a few of them, until
-// they have enough blocks for their starts and the merge to be cheap; longer requests have more
-// splits of that size. The most there can be bounds the workspace.
+// Batch-invariant splits: at most this many for one request, and at least this many blocks each.
+constexpr int kMaxInvariantSplits = 16;
 constexpr int kMinInvariantBlocks = 8;
-constexpr int kFewInvariantSplits = 16;
-constexpr int kEnoughInvariantBlocks = 16;
-constexpr int kMaxInvariantSplits = 64;
 
 constexpr int32_t kStamp = 0x4D4C4100;  // format version in the low byte's upper bits
 constexpr int32_t kStampBatchInvariant = 1;
@@ -106,24 +102,16 @@ FLASHMLA_HOST_DEVICE int blocks_of(int length) {
 
 // Blocks of one batch-invariant split of a request of `blocks` blocks.
 FLASHMLA_HOST_DEVICE int invariant_split_blocks(int blocks) {
-  const int few = ceil_div(blocks, kFewInvariantSplits);
-  const int most = ceil_div(blocks, kMaxInvariantSplits);
-  const int split = few < kEnoughInvariantBlocks ? few : kEnoughInvariantBlocks;
-  const int least = most > kMinInvariantBlocks ? most : kMinInvariantBlocks;
-  return split > least ? split : least;
+  const int even = ceil_div(blocks, kMaxInvariantSplits);
+  return even > kMinInvariantBlocks ? even : kMinInvariantBlocks;
 }
 
 // The most splits a batch-invariant request of up to `capacity` tokens has.
 FLASHMLA_HOST_DEVICE int max_invariant_splits(int64_t capacity) {
   const int64_t blocks = (capacity + kBlockTokens - 1) / kBlockTokens;
-  const auto splits = [&](int most, int size) {
-    const int64_t of_size = (blocks + size - 1) / size;
-    return of_size < most ? static_cast<int>(of_size) : most;
-  };
-  const int few = splits(kFewInvariantSplits, kMinInvariantBlocks);
-  const int many = splits(kMaxInvariantSplits, kEnoughInvariantBlocks);
-  const int larger = few > many ? few : many;
-  return larger > 1 ? larger : 1;
+  const int64_t splits = (blocks + kMinInvariantBlocks - 1) / kMinInvariantBlocks;
+  if (splits < 1) return 1;
+  return splits < kMaxInvariantSplits ? static_cast<int>(splits) : kMaxInvariantSplits;
 }
 
 FLASHMLA_HOST_DEVICE int32_t expected_stamp(bool batch_invariant, bool sparse) {

@@ -102,15 +102,10 @@ __device__ Slots invariant_slots(const DecodeParams& p, int request) {
   return {splits, first, first, 1};
 }
 
-// Pieces of a batch-invariant request are added in so many runs, or fewer if they are few, and then
-// the runs one by one. So the result is the same whether a warp adds all runs or each warp has one
-// of them, and the merge can be shared as fits the batch.
-constexpr int kInvariantRuns = 4;
-constexpr int kLeastInvariantRun = 4;
-
-__device__ __forceinline__ int invariant_run(int pieces) {
-  return max(kLeastInvariantRun, schedule::ceil_div(pieces, kInvariantRuns));
-}
+// Pieces of a batch-invariant request are added in runs of so many, then the runs one by one. So
+// the result is the same whether a warp adds all runs or each warp has one of them, and the merge
+// can be shared as fits the batch.
+constexpr int kInvariantRun = 4;
 
 // How the work of a merge is shared: so many warps share the pieces of a slab, a run of pieces
 // each, for so many tiles of 8 columns.
@@ -119,9 +114,10 @@ struct Sharing {
   static constexpr int kTilesOfCta = kWarps / kWarpsPerSlab * kTiles;
   static constexpr int kColumnGroups = kDimV / partial::kTileColumns / kTilesOfCta;
   static_assert(kColumnGroups * kTilesOfCta * partial::kTileColumns == kDimV);
-  static_assert(!kInvariant || kWarpsPerSlab == 1 || kWarpsPerSlab == kInvariantRuns);
+  static_assert(!kInvariant || kWarpsPerSlab == 1 ||
+                kWarpsPerSlab * kInvariantRun >= schedule::kMaxInvariantSplits);
   // Pieces that are loaded and added at once, and warps whose sums are.
-  static constexpr int kAtOnce = kInvariant                 ? kLeastInvariantRun
+  static constexpr int kAtOnce = kInvariant                 ? kInvariantRun
                                  : kTiles == 1 || !kRounded ? 8 / kTiles
                                  : kTiles < 8               ? 4
                                                             : 2;
@@ -286,16 +282,15 @@ __global__ void __launch_bounds__(kThreads, 2)  // left alone the compiler spill
   const auto load = [&](int piece, Piece& x) {
     x.template load<kDimV>(p, slots[piece] * slabs_of_request + slab, first_tile, lane);
   };
-  const int per_warp =
-      kInvariant ? invariant_run(slots.count) : schedule::ceil_div(slots.count, kWarpsPerSlab);
+  const int per_warp = kInvariant ? kInvariantRun : schedule::ceil_div(slots.count, kWarpsPerSlab);
   const int begin = chunk * per_warp;
   Total<kTiles> total;
   add_all<Piece, S::kAtOnce>(begin, min(begin + per_warp, slots.count), load, total);
   if constexpr (kInvariant && kWarpsPerSlab == 1) {
 #pragma unroll 1
-    for (int first = per_warp; first < slots.count; first += per_warp) {
+    for (int first = kInvariantRun; first < slots.count; first += kInvariantRun) {
       Total<kTiles> run[1];
-      add_all<Piece, S::kAtOnce>(first, min(first + per_warp, slots.count), load, run[0]);
+      add_all<Piece, S::kAtOnce>(first, min(first + kInvariantRun, slots.count), load, run[0]);
       add(run, total);
     }
   }

@@ -42,11 +42,9 @@ FLASHMLA_HOST_DEVICE int invariant_cuts(int blocks) {
   if (split == kMinInvariantBlocks) {
     return blocks > 0 ? (blocks - 1) / kMinInvariantBlocks : 0;
   }
-  if (split == kEnoughInvariantBlocks) return (blocks - 1) / kEnoughInvariantBlocks;
-  // So many pieces hold the request; less those that it leaves empty.
-  const int pieces = split < kEnoughInvariantBlocks ? kFewInvariantSplits : kMaxInvariantSplits;
-  int cuts = pieces - 1;
-  for (int spare = pieces * split - blocks; spare >= split; spare -= split) --cuts;
+  // kMaxInvariantSplits pieces hold the request; less those that it leaves empty.
+  int cuts = kMaxInvariantSplits - 1;
+  for (int spare = kMaxInvariantSplits * split - blocks; spare >= split; spare -= split) --cuts;
   return cuts;
 }
 

@@ -34,10 +34,8 @@ MOST_WHOLE_SLACK = 5  # by how much there would be to merge
 EVEN_SLACK = 1  # blocks that even pieces may be larger than an even share
 MERGED_TILES_PER_BLOCK = 32  # merging so many row tiles of pieces takes about as long as a block
 MAX_EVEN_PARTS = 1024  # even pieces are planned for at most so many parts
+MAX_INVARIANT_SPLITS = 16  # bounds the workspace of batch-invariant calls
 MIN_INVARIANT_BLOCKS = 8  # blocks; a batch-invariant piece is never smaller unless it is the last
-FEW_INVARIANT_SPLITS = 16  # batch-invariant pieces of a request, unless they would be larger than
-ENOUGH_INVARIANT_BLOCKS = 16  # blocks; then there are more of this size
-MAX_INVARIANT_SPLITS = 64  # but so many at most, which bounds the workspace
 
 STAMP = 0x4D4C4100  # "MLA" and a byte of flags
 STAMP_BATCH_INVARIANT = 1
@@ -58,12 +56,8 @@ def num_blocks(tokens: jax.Array) -> jax.Array:
 
 def split_blocks(blocks: jax.Array) -> jax.Array:
     """Blocks in one batch-invariant piece of a request of ``blocks``: depends on nothing else."""
-
-    def even(pieces: int) -> jax.Array:
-        return blocks // pieces + (blocks % pieces > 0)
-
-    size = jnp.minimum(even(FEW_INVARIANT_SPLITS), ENOUGH_INVARIANT_BLOCKS)
-    return jnp.maximum(jnp.maximum(size, even(MAX_INVARIANT_SPLITS)), MIN_INVARIANT_BLOCKS)
+    pieces = blocks // MAX_INVARIANT_SPLITS + (blocks % MAX_INVARIANT_SPLITS > 0)
+    return jnp.maximum(pieces, MIN_INVARIANT_BLOCKS)
 
 
 def request_blocks(

@@ -596,7 +596,6 @@ def pick(inputs, requests):
             "invariant-128", 6, 0, 128, attn_sink=True, lengths=(1500, 70, 0, 5000, 257, 256)
         ),
         DenseCase("invariant-fp16", 3, 0, 9, h_kv=3, dtype="float16", lengths=(1030, 4097, 5)),
-        # Of 19, 64 and 16 pieces; the second ones larger.
         DenseCase("invariant-long", 3, 0, 16, lengths=(19000, 70000, 16384)),
     ],
     ids=lambda case: case.name,
